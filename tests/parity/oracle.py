@@ -1,0 +1,172 @@
+"""The features once more, slowly: plain Python, written from the definitions and not from the compiled code."""
+
+import math
+import statistics
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+
+Row = dict[str, int]  # one event: field name -> integer
+Value = int | float
+
+# Written down afresh: importing them would let a wrong constant agree with itself.
+SECOND = 1_000
+MINUTE = 60_000
+HOUR = 3_600_000
+DAY = 86_400_000
+REACH = 7_776_000_000  # ninety days
+KEPT = 1_024
+NO_AMOUNT = -1
+NO_PLACE = -2_147_483_648
+ABSENT = 0  # merchant, device, category
+MEAN_RADIUS_M = 6_371_008.8
+COUNT_WINDOWS = {"1m": MINUTE, "10m": 10 * MINUTE, "1h": HOUR, "24h": DAY, "7d": 7 * DAY, "30d": 30 * DAY}
+NAN = float("nan")
+
+
+class Oracle:
+    """Every accepted event of every customer, in order of acceptance; nothing is ever thrown away."""
+
+    def __init__(self) -> None:
+        self.accepted: dict[str, list[Row]] = {}
+
+    def accept(self, customer: str, event: Row) -> None:
+        """Learn."""
+        self.accepted.setdefault(customer, []).append(event)
+
+    def state(self, customer: str) -> list[Row]:
+        """What the contract says is remembered, oldest first, derived from scratch."""
+        everything = self.accepted.get(customer, [])
+        if not everything:
+            return []
+        newest = max(event["event_time"] for event in everything)
+        within = [
+            (event["event_time"], sequence)
+            for sequence, event in enumerate(everything)
+            if event["event_time"] > newest - REACH
+        ]
+        return [everything[sequence] for _, sequence in sorted(within)[-KEPT:]]
+
+    def features(self, customer: str, purchase: Row) -> dict[str, Value]:
+        """The vector of a purchase not yet accepted, by name."""
+        past = [event for event in self.state(customer) if event["event_time"] <= purchase["event_time"]]
+        return dict(_features(purchase, past))
+
+
+def _features(purchase: Row, past: Sequence[Row]) -> Iterator[tuple[str, Value]]:
+    """All families, in no particular order: columns are matched by name."""
+    for family in (_novelty, _habit, _movement, _variety, _extremes, _velocity, _itself):
+        yield from family(purchase, past)
+
+
+def _within(purchase: Row, past: Sequence[Row], length: int) -> list[Row]:
+    """The old edge is open, the new one closed."""
+    now = purchase["event_time"]
+    return [event for event in past if now - length < event["event_time"] <= now]
+
+
+def _amounts(events: Sequence[Row]) -> list[int]:
+    """The known ones."""
+    return [event["amount"] for event in events if event["amount"] != NO_AMOUNT]
+
+
+def _itself(purchase: Row, past: Sequence[Row]) -> Iterator[tuple[str, Value]]:
+    days, in_day = divmod(purchase["event_time"], DAY)
+    hour = in_day // HOUR
+    yield "amount", NAN if purchase["amount"] == NO_AMOUNT else purchase["amount"]
+    yield "hour", hour
+    yield "weekday", (days + 3) % 7  # 1970-01-01 was a Thursday; Monday is 0
+    yield "is_night", int(hour in range(6))
+
+
+def _velocity(purchase: Row, past: Sequence[Row]) -> Iterator[tuple[str, Value]]:
+    for label, length in COUNT_WINDOWS.items():
+        recent = _within(purchase, past, length)
+        yield f"customer_count_{label}", len(recent)
+        yield f"customer_sum_{label}", sum(_amounts(recent))
+
+
+def _extremes(purchase: Row, past: Sequence[Row]) -> Iterator[tuple[str, Value]]:
+    for label in ("24h", "30d"):
+        known = _amounts(_within(purchase, past, COUNT_WINDOWS[label]))
+        yield f"customer_max_{label}", max(known) if known else NAN
+
+
+def _variety(purchase: Row, past: Sequence[Row]) -> Iterator[tuple[str, Value]]:
+    for label in ("24h", "7d"):
+        recent = _within(purchase, past, COUNT_WINDOWS[label])
+        yield f"customer_merchants_{label}", len({event["merchant"] for event in recent} - {ABSENT})
+        yield f"customer_devices_{label}", len({event["device"] for event in recent} - {ABSENT})
+
+
+def _movement(purchase: Row, past: Sequence[Row]) -> Iterator[tuple[str, Value]]:
+    elapsed = purchase["event_time"] - past[-1]["event_time"] if past else None
+    yield "seconds_since_last", NAN if elapsed is None else elapsed / SECOND
+    placed = [event for event in past if event["latitude"] != NO_PLACE]
+    if not placed or purchase["latitude"] == NO_PLACE:
+        yield from ((name, NAN) for name in ("distance_from_last", "speed_from_last", "distance_from_usual"))
+        return
+    last = placed[-1]
+    away = metres((last["latitude"], last["longitude"]), (purchase["latitude"], purchase["longitude"]))
+    yield "distance_from_last", away
+    yield "speed_from_last", away * 3600 / max(purchase["event_time"] - last["event_time"], SECOND)
+    home = _middle(event["latitude"] for event in placed), _middle(event["longitude"] for event in placed)
+    yield "distance_from_usual", metres(home, (purchase["latitude"], purchase["longitude"]))
+
+
+def _middle(values: Iterator[int]) -> int:
+    """The median; half a micro-degree goes down."""
+    return math.floor(statistics.median([Fraction(value) for value in values]))
+
+
+def metres(one: tuple[int, int], other: tuple[int, int]) -> int:
+    """Haversine on the mean sphere, to the nearest metre."""
+    degree = math.pi / 180e6  # one micro-degree
+    half_north = (other[0] - one[0]) * degree / 2.0
+    half_east = (other[1] - one[1]) * degree / 2.0
+    shrink = math.cos(one[0] * degree) * math.cos(other[0] * degree)
+    # Grouped like this because half a turn away the last bit of the square is worth centimetres.
+    square = math.sin(half_north) * math.sin(half_north) + shrink * math.sin(half_east) * math.sin(half_east)
+    return math.floor(2 * MEAN_RADIUS_M * math.asin(math.sqrt(min(1.0, square))) + 0.5)
+
+
+def _habit(purchase: Row, past: Sequence[Row]) -> Iterator[tuple[str, Value]]:
+    yield "history_count", len(past)
+    yield "history_days", (purchase["event_time"] - past[0]["event_time"]) / DAY if past else NAN
+    known = _amounts(past)
+    habit = len(known) >= 3
+    middle = statistics.median([Fraction(amount) for amount in known]) if habit else Fraction(0)
+    spread = statistics.median([abs(amount - middle) for amount in known]) if habit else Fraction(0)
+    outliers = [amount for amount in _amounts(_within(purchase, past, 7 * DAY)) if amount > 3 * middle]
+    yield "customer_outliers_7d", len(outliers) if habit else NAN
+    judged = habit and purchase["amount"] != NO_AMOUNT
+    amount = Fraction(purchase["amount"])
+    # The median is a whole or a half number; half a minor unit is the least it can be other than zero.
+    yield "amount_to_median", float(amount / max(middle, Fraction(1, 2))) if judged else NAN
+    yield "amount_in_spreads", float((amount - middle) / max(spread, Fraction(1))) if judged else NAN
+
+
+def _novelty(purchase: Row, past: Sequence[Row]) -> Iterator[tuple[str, Value]]:
+    for name in ("merchant", "device", "category"):
+        same = [event for event in past if event[name] == purchase[name]]
+        yield f"same_{name}_count", NAN if purchase[name] == ABSENT else len(same)
+
+
+def bits(value: Value) -> bytes:
+    """Four bytes of the nearest float32; every NaN is the same NaN."""
+    if isinstance(value, float) and math.isnan(value):
+        return b"nan "
+    return struct.pack("<f", _nearest(value) if isinstance(value, int) else value)
+
+
+def _nearest(whole: int) -> float:
+    """The float32 nearest to an integer, ties to even, rounded once: by way of float64 it would be twice."""
+    unit = 1 << max(whole.bit_length() - 24, 0)
+    return float(round(Fraction(whole, unit)) * unit)
+
+
+def by_name(
+    names: Sequence[str], found: dict[str, Value], convert: Callable[[Value], bytes] = bits
+) -> dict[str, bytes]:
+    """The oracle's vector in the catalogue's order."""
+    return {name: convert(found[name]) for name in names}

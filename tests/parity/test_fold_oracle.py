@@ -1,0 +1,265 @@
+"""The compiled fold against the slow oracle, bit for bit."""
+
+import math
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fraud_nb.features.catalogue import FEATURE_NAMES
+from fraud_nb.features.fold import fold
+from fraud_nb.features.profile import Profiles
+from fraud_nb.features.windows import EVENT, Events
+from tests.parity.oracle import (
+    ABSENT,
+    COUNT_WINDOWS,
+    DAY,
+    HOUR,
+    KEPT,
+    MINUTE,
+    NO_AMOUNT,
+    NO_PLACE,
+    REACH,
+    Oracle,
+    Row,
+    bits,
+    by_name,
+    metres,
+)
+
+Stream = list[tuple[str, Row]]  # customer and event, in order of acceptance
+Vectors = npt.NDArray[np.float32]
+BASE = 1_767_268_800_000  # noon, 2026-01-01
+EDGES = [*COUNT_WINDOWS.values(), REACH]
+FIELDS = EVENT.names or ()
+THOROUGH = settings(
+    max_examples=250,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+)
+
+edge_steps = st.builds(
+    lambda edge, jitter, sign: sign * (edge + jitter),
+    st.sampled_from(EDGES),
+    st.sampled_from([-1, 0, 1]),
+    st.sampled_from([1, 1, -1]),
+)
+steps = st.one_of(
+    edge_steps,
+    st.sampled_from([0, 0, 1, -1, 999, 1000, 1001]),
+    st.integers(1, 3 * HOUR),
+    st.integers(-100 * DAY, -MINUTE),  # late
+    st.integers(REACH - 2, REACH + 2 * DAY),  # the horizon lets go
+)
+amounts = st.one_of(
+    st.sampled_from([NO_AMOUNT, 0, 1, 10**15, 10**15 - 1]), st.integers(0, 20_000), st.integers(0, 10**15)
+)
+keys = st.sampled_from([ABSENT, 1, 2, -1, 2**63 - 1, -(2**63)])
+places = st.one_of(
+    st.just((NO_PLACE, NO_PLACE)),
+    st.sampled_from([(0, 180_000_000), (0, -180_000_000), (90_000_000, 0), (-90_000_000, 1), (0, 0), (-1, -1)]),
+    st.tuples(st.integers(-50, 50), st.integers(179_999_900, 180_000_000)),
+    st.tuples(st.integers(-50, 50), st.integers(-180_000_000, -179_999_900)),
+    st.tuples(st.integers(89_999_900, 90_000_000), st.integers(-180_000_000, 180_000_000)),
+    st.tuples(st.integers(-90_000_000, 90_000_000), st.integers(-180_000_000, 180_000_000)),
+)
+# Which earlier event the step counts from: windows must be hit exactly between any two events, not only neighbours.
+entries = st.tuples(st.sampled_from("abc"), st.integers(0, 59), steps, amounts, keys, keys, keys, places)
+
+
+def to_stream(drawn: Sequence[tuple[str, int, int, int, int, int, int, tuple[int, int]]]) -> Stream:
+    """Steps become times."""
+    times, stream = [BASE], []
+    for customer, anchor, step, amount, merchant, device, category, place in drawn:
+        time = times[anchor % len(times)] + step
+        times.append(time)
+        stream.append((customer, dict(zip(FIELDS, (time, amount, merchant, device, category, *place), strict=True))))
+    return stream
+
+
+streams = st.lists(entries, min_size=1, max_size=60).map(to_stream)
+
+
+def customers_of(stream: Stream) -> list[str]:
+    return [customer for customer, _ in stream]
+
+
+def events_of(stream: Stream) -> Events:
+    return np.array([tuple(row[name] for name in FIELDS) for _, row in stream], EVENT)
+
+
+def run(profiles: Profiles, stream: Stream) -> Vectors:
+    return fold(profiles, customers_of(stream), events_of(stream))
+
+
+def rows_of(events: Events) -> list[Row]:
+    return [{name: int(event[name]) for name in FIELDS} for event in events]
+
+
+def dumps(profiles: Profiles) -> dict[str, bytes]:
+    return {customer: profiles.dump(customer) for customer in "abc"}
+
+
+def check_vector(oracle: Oracle, customer: str, event: Row, vector: npt.NDArray[np.float32]) -> None:
+    """Equal bits, column by column."""
+    expected = by_name(FEATURE_NAMES, oracle.features(customer, event))
+    found = {name: bits(float(value)) for name, value in zip(FEATURE_NAMES, vector, strict=True)}
+    assert found == expected
+
+
+@THOROUGH
+@given(streams)
+def test_fold_equals_oracle(stream: Stream) -> None:
+    profiles, oracle = Profiles(), Oracle()
+    vectors = run(profiles, stream)
+    assert vectors.dtype == np.float32
+    for (customer, event), vector in zip(stream, vectors, strict=True):
+        check_vector(oracle, customer, event, vector)
+        oracle.accept(customer, event)
+    for customer in "abc":
+        assert rows_of(profiles.events(customer)) == oracle.state(customer)
+
+
+def test_oracle_names_every_feature() -> None:
+    event = dict.fromkeys(FIELDS, 0)
+    assert set(Oracle().features("a", event)) == set(FEATURE_NAMES)
+
+
+@pytest.mark.parametrize("label", COUNT_WINDOWS)
+def test_old_edge_is_open_and_new_edge_closed(label: str) -> None:
+    length = COUNT_WINDOWS[label]
+    for distance, counted in ((length - 1, 1), (length, 0), (length + 1, 0), (0, 1), (-1, 0)):
+        rows = [dict.fromkeys(FIELDS, 0) | {"event_time": time} for time in (BASE, BASE + distance)]
+        vectors = run(Profiles(), [("a", row) for row in rows])
+        assert vectors[1, FEATURE_NAMES.index(f"customer_count_{label}")] == counted
+
+
+@pytest.mark.parametrize(("distance", "kept"), [(REACH - 1, 2), (REACH, 1), (REACH + 1, 1)])
+@pytest.mark.parametrize("late", [False, True])
+def test_horizon_edge(distance: int, kept: int, late: bool) -> None:
+    times = [BASE + distance, BASE] if late else [BASE, BASE + distance]
+    profiles = Profiles()
+    run(profiles, [("a", dict.fromkeys(FIELDS, 0) | {"event_time": time}) for time in times])
+    assert len(profiles.events("a")) == kept
+
+
+def busy_stream(seed: int, count: int) -> Stream:
+    """One customer beyond the cap, a fifth of it late, some of that older than everything kept."""
+    chance, stream = random.Random(seed), []
+    for index in range(count):
+        late = chance.choice([0, 0, 0, 0, chance.randrange(2 * count)])
+        latitude = chance.choice([NO_PLACE, chance.randrange(-90_000_000, 90_000_000)])
+        longitude = NO_PLACE if latitude == NO_PLACE else chance.randrange(-180_000_000, 180_000_000)
+        amount = chance.choice([NO_AMOUNT, 0, 10**15, chance.randrange(10**6), chance.randrange(10**15)])
+        keyed = [chance.randrange(20) for _ in range(3)]
+        values = (BASE + (index - late) * 10 * MINUTE, amount, *keyed, latitude, longitude)
+        stream.append(("a", dict(zip(FIELDS, values, strict=True))))
+    return stream
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cap_of_events(seed: int) -> None:
+    stream = busy_stream(seed, 1_100)
+    profiles, oracle = Profiles(arena_events=8), Oracle()
+    vectors = run(profiles, stream)
+    for index, (customer, event) in enumerate(stream):
+        if index % 50 == 0 or 1_020 <= index <= 1_030 or index >= 1_095:
+            check_vector(oracle, customer, event, vectors[index])
+        oracle.accept(customer, event)
+    assert len(oracle.state("a")) == KEPT
+    assert rows_of(profiles.events("a")) == oracle.state("a")
+
+
+def test_older_than_everything_kept_is_judged_and_let_go() -> None:
+    stream: Stream = [("a", dict.fromkeys(FIELDS, 0) | {"event_time": BASE + index}) for index in range(KEPT)]
+    profiles = Profiles()
+    run(profiles, stream)
+    before = profiles.dump("a")
+    run(profiles, [("a", dict.fromkeys(FIELDS, 0) | {"event_time": BASE - 1})])
+    assert profiles.dump("a") == before
+    run(profiles, [("a", dict.fromkeys(FIELDS, 0) | {"event_time": BASE, "amount": 7})])  # ties with the oldest
+    oldest = profiles.events("a")[0]
+    assert (int(oldest["event_time"]), int(oldest["amount"])) == (BASE, 7)
+
+
+def test_largest_sum_is_rounded_once() -> None:
+    # One above a tie of float32, whose step here is 2**36. By way of float64, whose step is 128, the sum would first
+    # fall back on the tie and then to the even side.
+    target = 2**59 + 2**35 + 1
+    parts = [10**15] * (target // 10**15) + [target % 10**15]
+    stream = [("a", dict.fromkeys(FIELDS, 0) | {"event_time": BASE, "amount": part}) for part in [*parts, 0]]
+    vectors = run(Profiles(), stream)
+    assert bits(float(vectors[-1, FEATURE_NAMES.index("customer_sum_1m")])) == bits(target)
+
+
+@settings(THOROUGH, max_examples=100)
+@given(streams, st.lists(st.integers(0, 60), max_size=6))
+def test_batches_make_no_difference(stream: Stream, cuts: list[int]) -> None:
+    whole, split = Profiles(), Profiles()
+    expected = run(whole, stream)
+    edges = sorted({0, len(stream), *(min(cut, len(stream)) for cut in cuts)})
+    parts = [run(split, stream[start:stop]) for start, stop in zip(edges, edges[1:], strict=False)]
+    assert np.concatenate(parts).tobytes() == expected.tobytes()
+    assert dumps(split) == dumps(whole)
+
+
+@settings(THOROUGH, max_examples=100)
+@given(streams, st.integers(0, 60))
+def test_dump_and_load_in_the_middle(stream: Stream, cut: int) -> None:
+    whole, before, after = Profiles(), Profiles(), Profiles(arena_events=8)
+    expected = run(whole, stream)
+    first = run(before, stream[:cut])
+    for customer in reversed("abc"):
+        after.load(customer, before.dump(customer))
+    assert dumps(after) == dumps(before)
+    second = run(after, stream[cut:])
+    assert first.tobytes() + second.tobytes() == expected.tobytes()
+    assert dumps(after) == dumps(whole)
+
+
+@settings(THOROUGH, max_examples=100)
+@given(streams)
+def test_tiny_arena_and_rebuild(stream: Stream) -> None:
+    roomy, tiny, rebuilt = Profiles(), Profiles(arena_events=8), Profiles(arena_events=8)
+    expected = run(roomy, stream)
+    assert run(tiny, stream).tobytes() == expected.tobytes()
+    rebuilt.learn(customers_of(stream), events_of(stream))
+    assert dumps(roomy) == dumps(tiny) == dumps(rebuilt)
+
+
+def test_many_customers_in_a_tiny_arena() -> None:
+    # More than the 1,024 rows to begin with, and blocks of every size taken from and given to the free list.
+    chance = random.Random(7)
+    names = [f"customer {index}" for index in range(1_500)]
+    chosen = names + [names[min(int(chance.expovariate(0.05)), 1_499)] for _ in range(12_000)]
+    stream = [(name, busy_stream(index, 1)[0][1]) for index, name in enumerate(chosen)]
+    for index, (_, row) in enumerate(stream):
+        row["event_time"] += index * chance.randrange(MINUTE)
+    tiny, roomy, oracle = Profiles(arena_events=8), Profiles(), Oracle()
+    assert run(tiny, stream).tobytes() == run(roomy, stream).tobytes()
+    for customer, event in stream:
+        oracle.accept(customer, event)
+    for name in names:
+        assert rows_of(tiny.events(name)) == oracle.state(name)
+
+
+@settings(THOROUGH, max_examples=100)
+@given(places, places)
+def test_haversine_agrees_with_vectors(one: tuple[int, int], other: tuple[int, int]) -> None:
+    if NO_PLACE in one + other:
+        return
+    first, second = unit_vector(one), unit_vector(other)
+    chord = math.dist(first, second)
+    gap = math.dist(first, [-part for part in second])
+    # Half a turn away an arc sine has eight good digits left, so a metre is what can be asked for.
+    assert metres(one, other) == pytest.approx(2 * 6_371_008.8 * math.atan2(chord, gap), abs=1.0)
+
+
+def unit_vector(place: tuple[int, int]) -> list[float]:
+    north, east = (math.radians(part / 1e6) for part in place)
+    return [math.cos(north) * math.cos(east), math.cos(north) * math.sin(east), math.sin(north)]

@@ -8,10 +8,9 @@ __all__ = ['UNUSUAL_DECIMALS', 'MAX_AMOUNT_MINOR', 'Identifier', 'EventTime', 'C
            'InvalidTransaction', 'InvalidLabel', 'to_minor_units', 'Transaction', 'explain', 'parse', 'decode',
            'to_major_units', 'encode', 'Label', 'decode_label', 'Outcome', 'Reason', 'Decision']
 
-# %% ../../nbs/00_schema.ipynb #a7d6f8a2
+# %% ../../nbs/00_schema.ipynb #166f24d1
 import re
-from collections.abc import Mapping
-from decimal import Decimal
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 from typing import Annotated, Literal, TypeVar
 
@@ -55,9 +54,9 @@ class InvalidTransaction(InvalidInput):
 class InvalidLabel(InvalidInput):
     """A label is refused."""
 
-# %% ../../nbs/00_schema.ipynb #15e5e351
-_PLAIN_NUMBER = re.compile(r"(-?)(\d{1,40})(?:\.(\d{1,40}))?")
-_EXPONENT_NUMBER = re.compile(r"-?\d{1,40}(?:\.\d{1,40})?[eE][+-]?\d{1,3}")
+# %% ../../nbs/00_schema.ipynb #38840ece
+_NUMBER = re.compile(r"(-?)(\d+)(?:\.(\d+))?(?:[eE]([+-]?\d+))?")
+_ENDLESS = 10**6  # stands for exponents of seven digits and more
 
 
 def to_minor_units(
@@ -65,19 +64,28 @@ def to_minor_units(
     currency: str,  # ISO 4217 code
 ) -> int:  # minor units, 0 to MAX_AMOUNT_MINOR
     """Exact minor units of an amount; raises InvalidTransaction on anything that would have to be rounded."""
-    plain = _PLAIN_NUMBER.fullmatch(digits)
-    if plain is None and _EXPONENT_NUMBER.fullmatch(digits):
-        plain = _PLAIN_NUMBER.fullmatch(f"{Decimal(digits):f}")
-    if plain is None:
+    number = _NUMBER.fullmatch(digits)
+    if number is None:
         raise InvalidTransaction("amount", "wrong_type", "a decimal number in major units, not text")
-    sign, whole, fraction = plain[1], plain[2], (plain[3] or "").rstrip("0")
+    sign, whole, fraction, exponent = number[1], number[2], number[3] or "", number[4] or "0"
+    shift = int(exponent) if len(exponent) < 7 else -_ENDLESS if exponent.startswith("-") else _ENDLESS
+    written = whole + fraction
+    significant = written.rstrip("0")
+    behind_mark = len(fraction) - shift - (len(written) - len(significant))  # digits that matter, after the mark
+    significant = significant.lstrip("0")
+    if not significant:
+        return 0
     decimals = decimals_of(currency)
-    if len(fraction) > decimals:
+    if behind_mark > decimals:
         raise InvalidTransaction("amount", "too_many_decimals", f"{currency} has {decimals} decimals")
-    minor = int(whole + fraction.ljust(decimals, "0"))
+    zeros = decimals - behind_mark
+    # The length first: int() of thousands of digits would take long, and refuses in the end.
+    minor = (
+        int(significant.ljust(len(significant) + zeros, "0")) if len(significant) + zeros < 20 else MAX_AMOUNT_MINOR + 1
+    )
     if minor > MAX_AMOUNT_MINOR:
         raise InvalidTransaction("amount", "out_of_range", f"at most {MAX_AMOUNT_MINOR} minor units")
-    if sign and minor:
+    if sign:
         raise InvalidTransaction("amount", "negative", "refunds are not payments; send amounts of zero or more")
     return minor
 
@@ -122,13 +130,13 @@ class _Wire(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     latitude: Latitude | None = None
     longitude: Longitude | None = None
 
-# %% ../../nbs/00_schema.ipynb #d9835ebc
+# %% ../../nbs/00_schema.ipynb #a924b9b7
 _COMPLAINTS: tuple[tuple[str, str, str], ...] = (  # msgspec 0.2x wording, reason, remedy
     ("missing required field", "missing", "the field is required"),
-    ("unknown field", "unknown_field", "only fields of the schema are accepted"),
     ("matching regex", "bad_text", "1 to 64 characters without control characters; currency is three capitals"),
     ("Expected `int` >=", "out_of_range", "milliseconds UTC from 2000 to 2100"),
     ("Expected `int` <=", "out_of_range", "milliseconds UTC from 2000 to 2100"),
+    ("out of range", "out_of_range", "a number within the field's range"),
     ("Expected `float`", "out_of_range", "degrees: latitude -90 to 90, longitude -180 to 180"),
     ("Expected", "wrong_type", "see the schema for the field's type"),
 )
@@ -140,13 +148,16 @@ MAX_MESSAGE_BYTES = 65_536
 def explain(
     error: Exception,  # what msgspec raised
     kind: type[InvalidInput],  # which named error to make of it
+    names: Collection[str],  # the schema's fields; no other name is ever repeated
 ) -> InvalidInput:
     """The named error for a parser's complaint."""
     text = str(error)
+    if "unknown field `" in text:  # first, because the rest of this complaint is the sender's
+        return kind("message", "unknown_field", "only fields of the schema are accepted")
     if not isinstance(error, msgspec.ValidationError):
         return kind("message", "not_json", "one JSON object in UTF-8")
     found = _NAMED_FIELD.search(text) or _FIELD.search(text)
-    field = found[1] if found else "message"
+    field = found[1] if found and found[1] in names else "message"
     for fragment, reason, remedy in _COMPLAINTS:
         if fragment in text:
             if reason == "out_of_range" and "got `" in text:
@@ -154,7 +165,7 @@ def explain(
             return kind(field, reason, remedy)
     return kind(field, "not_json", "one JSON object in UTF-8")
 
-# %% ../../nbs/00_schema.ipynb #952cd9f7
+# %% ../../nbs/00_schema.ipynb #16de8fc6
 Wire = TypeVar("Wire", bound=msgspec.Struct)
 
 
@@ -171,7 +182,7 @@ def parse(
     try:
         return decoder.decode(message)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise explain(error, kind) from None
+        raise explain(error, kind, decoder.type.__struct_fields__) from None
 
 # %% ../../nbs/00_schema.ipynb #2b0698c1
 _transaction_decoder = msgspec.json.Decoder(_Wire)

@@ -178,7 +178,7 @@ MOVEMENT = Family(
     ),
 )
 
-# %% ../../nbs/12_catalogue.ipynb #6fd2557f
+# %% ../../nbs/12_catalogue.ipynb #b4004dac
 MIN_HABIT = 3  # known amounts
 OUTLIER_RATIO = 3  # times the median
 
@@ -205,7 +205,7 @@ HABIT = Family(
     fill_habit,
     (
         Feature("history_count", "purchases, at most 1,024", "how well we know the customer"),
-        Feature("history_days", "days, at most 90", "how long we have known the customer"),
+        Feature("history_days", "days", "how long we have known the customer"),
         Feature("amount_to_median", "ratio", "dearer than this customer's usual purchase"),
         Feature("amount_in_spreads", "spreads from the median", "unusual even for a customer of varied habits"),
         Feature("customer_outliers_7d", "purchases above 3 medians", "a spree of unusual purchases"),

@@ -3,7 +3,7 @@
 import math
 import statistics
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 Row = dict[str, int]  # one event: field name -> integer
@@ -165,8 +165,6 @@ def _nearest(whole: int) -> float:
     return float(round(Fraction(whole, unit)) * unit)
 
 
-def by_name(
-    names: Sequence[str], found: dict[str, Value], convert: Callable[[Value], bytes] = bits
-) -> dict[str, bytes]:
+def by_name(names: Sequence[str], found: dict[str, Value]) -> dict[str, bytes]:
     """The oracle's vector in the catalogue's order."""
-    return {name: convert(found[name]) for name in names}
+    return {name: bits(found[name]) for name in names}

@@ -1,0 +1,44 @@
+"""Fixtures shared by all tests."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+
+def quiet(_progress: str) -> None:
+    """Nobody watches."""
+
+
+class Running(NamedTuple):
+    """Servers that answer, and where they live."""
+
+    home: Path
+    addresses: Any  # `.kafka`, `.redis`, `.postgres`
+
+
+def running_servers() -> Iterator[Running]:
+    """Real Kafka, Valkey and PostgreSQL on loopback."""
+    from fraud_nb.adapters.servers import down, up
+
+    # Not pytest's own folder: as root, PostgreSQL runs as `nobody`, who may not enter that one.
+    with tempfile.TemporaryDirectory(prefix="fraud-", ignore_cleanup_errors=True) as folder:
+        home = Path(folder)
+        home.chmod(0o755)
+        try:
+            yield Running(home, up(home, quiet))
+        finally:
+            down(home, quiet)
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Any]:
+    """Addresses of servers that all tests share: leave room for others."""
+    with contextmanager(running_servers)() as running:
+        yield running.addresses
+
+
+private_servers = pytest.fixture(scope="module", name="private_servers")(running_servers)  # a test module's own

@@ -1,0 +1,280 @@
+"""The contract of Source and Sink, on the doubles and on a real broker."""
+
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import pytest
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.admin import MemberToRemove
+from kafka.partitioner.default import murmur2
+
+from fraud_nb.adapters import kafka_bus
+from fraud_nb.adapters.kafka_bus import KafkaSink, KafkaSource, WrongPartitionCount, create_topics, murmur2_partitions
+from fraud_nb.adapters.memory import MemorySink, MemorySource
+from fraud_nb.adapters.ports import BusUnavailable, Fenced, OffsetGap, Outgoing, Record, Sink, Source
+
+PARTITIONS = 2
+
+
+class Bus(Protocol):
+    """A source, a sink, and what a test does behind their backs."""
+
+    @property
+    def source(self) -> Source: ...
+    @property
+    def sink(self) -> Sink: ...
+    def append(self, partition: int, values: Sequence[bytes]) -> None: ...
+    def trim(self, partition: int, offset: int) -> None: ...
+    def expel(self) -> None: ...
+    def published(self) -> list[bytes | None]: ...
+    def close(self) -> None: ...
+
+
+class MemoryBus:
+    def __init__(self) -> None:
+        self.source = self._source = MemorySource(PARTITIONS)
+        self.sink = self._sink = MemorySink(self._source)
+
+    def append(self, partition: int, values: Sequence[bytes]) -> None:
+        for value in values:
+            self._source.append(value, b"ada", partition, (("trace", b"1"),))
+
+    def trim(self, partition: int, offset: int) -> None:
+        self._source.trim(partition, offset)
+
+    def expel(self) -> None:
+        self._source.rebalance(range(PARTITIONS))
+
+    def published(self) -> list[bytes | None]:
+        return [record.value for record in self._sink.published]
+
+    def close(self) -> None:
+        self.source.close()
+
+
+class KafkaBus:
+    def __init__(self, bootstrap: str) -> None:
+        suffix = uuid.uuid4().hex[:8]
+        self.bootstrap, self.group, self.worker = bootstrap, f"group-{suffix}", f"worker-{suffix}"
+        self.topic, self.output = f"in-{suffix}", f"predictions-{suffix}"
+        self.admin = KafkaAdminClient(bootstrap_servers=bootstrap)
+        counts = {self.topic: {"num_partitions": PARTITIONS}, self.output: {"num_partitions": 1}}
+        self.admin.create_topics(counts, wait_for_metadata=True)
+        self.producer = KafkaProducer(bootstrap_servers=bootstrap)
+        self.source = self.member = KafkaSource(bootstrap, self.group, self.topic)
+        self.sink = KafkaSink(bootstrap, self.member, self.worker)
+
+    def append(self, partition: int, values: Sequence[bytes]) -> None:
+        for value in values:
+            self.producer.send(self.topic, value, b"ada", [("trace", b"1")], partition)
+        self.producer.flush()
+
+    def trim(self, partition: int, offset: int) -> None:
+        self.admin.delete_records({TopicPartition(self.topic, partition): offset})
+
+    def expel(self) -> None:
+        identity = self.member.identity()
+        assert identity is not None
+        self.admin.remove_group_members(self.group, [MemberToRemove(member_id=identity.member_id)])
+
+    def published(self) -> list[bytes | None]:
+        reader = KafkaConsumer(
+            bootstrap_servers=self.bootstrap, isolation_level="read_committed", auto_offset_reset="earliest"
+        )
+        place = TopicPartition(self.output, 0)
+        reader.assign([place])
+        values: list[bytes | None] = []
+        end, deadline = reader.end_offsets([place])[place], time.monotonic() + 10
+        while reader.position(place) < end and time.monotonic() < deadline:
+            values += [record.value for records in reader.poll(100).values() for record in records]
+        reader.close()
+        return values
+
+    def close(self) -> None:
+        self.sink.close()
+        self.source.close()
+        self.producer.close()
+        self.admin.close()
+
+
+@pytest.fixture(params=["memory", "kafka"])
+def bus(request: pytest.FixtureRequest) -> Iterator[Bus]:
+    chosen: Bus = MemoryBus() if request.param == "memory" else KafkaBus(request.getfixturevalue("servers").kafka)
+    yield chosen
+    chosen.close()
+
+
+def read(bus: Bus, count: int, seconds: float = 15) -> list[Record]:
+    records: list[Record] = []
+    deadline = time.monotonic() + seconds
+    while len(records) < count and time.monotonic() < deadline:
+        records += bus.source.poll(0.2, count - len(records))
+    return records
+
+
+def join(bus: Bus, after: int = -1) -> None:
+    """Poll until a new generation owns all partitions; no record may come meanwhile."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        assert bus.source.poll(0.2, 100) == []
+        if bus.source.generation() != after and len(bus.source.assigned()) == PARTITIONS:
+            return
+    raise AssertionError("no partitions were assigned")
+
+
+def outgoing(bus: Bus, *values: bytes) -> list[Outgoing]:
+    topic = bus.output if isinstance(bus, KafkaBus) else "predictions"
+    return [Outgoing(topic, None, b"ada", value, (("reason", b"none"),)) for value in values]
+
+
+def test_nothing_before_seek(bus: Bus) -> None:
+    bus.append(0, [b"0", b"1", b"2"])
+    bus.append(1, [b"0"])
+    join(bus)
+    assert read(bus, 1, seconds=1) == []
+    bus.source.seek(0, 1)
+    records = read(bus, 2)
+    assert [(record.partition, record.offset, record.value) for record in records] == [(0, 1, b"1"), (0, 2, b"2")]
+    assert records[0].key == b"ada" and records[0].headers == (("trace", b"1"),)
+    assert read(bus, 1, seconds=1) == []  # partition 1 was not sought
+    bus.source.seek(0, 0)
+    assert [record.offset for record in read(bus, 3)] == [0, 1, 2]
+
+
+def test_max_records(bus: Bus) -> None:
+    bus.append(0, [b"%d" % number for number in range(50)])
+    join(bus)
+    bus.source.seek(0, 0)
+    offsets: list[int] = []
+    while len(offsets) < 50:
+        records = bus.source.poll(1, 7)
+        assert len(records) <= 7
+        offsets += [record.offset for record in records]
+    assert offsets == list(range(50))
+
+
+def test_published_with_offsets(bus: Bus) -> None:
+    bus.append(0, [b"0", b"1"])
+    join(bus)
+    assert (bus.source.committed(0), bus.source.committed(1)) == (0, 0)
+    bus.sink.publish(outgoing(bus, b"a", b"b"), {0: 2})
+    bus.sink.publish(outgoing(bus, b"c"), {0: 2, 1: 0})
+    bus.sink.publish([], {0: 1})
+    assert bus.published() == [b"a", b"b", b"c"]
+    assert (bus.source.committed(0), bus.source.committed(1)) == (1, 0)
+
+
+def test_expelled_member_is_fenced_and_begins_again(bus: Bus) -> None:
+    bus.append(0, [b"0", b"1"])
+    join(bus)
+    bus.source.seek(0, 0)
+    assert len(read(bus, 2)) == 2
+    generation = bus.source.generation()
+    bus.sink.publish(outgoing(bus, b"before"), {0: 1})
+    bus.expel()
+    with pytest.raises(Fenced):
+        bus.sink.publish(outgoing(bus, b"zombie"), {0: 2})
+    join(bus, after=generation)
+    assert bus.source.committed(0) == 1
+    bus.source.seek(0, 1)
+    assert [record.offset for record in read(bus, 1)] == [1]
+    bus.sink.publish(outgoing(bus, b"after"), {0: 2})
+    assert bus.published() == [b"before", b"after"]
+    assert bus.source.committed(0) == 2
+
+
+def test_foreign_partition_is_refused(bus: Bus) -> None:
+    with pytest.raises(Fenced):
+        bus.source.seek(0, 0)  # nothing is owned before the first poll
+    join(bus)
+    with pytest.raises(Fenced):
+        bus.source.seek(9, 0)
+    with pytest.raises(Fenced):
+        bus.sink.publish(outgoing(bus, b"a"), {9: 1})
+    assert bus.published() == []
+
+
+def test_gaps_are_errors(bus: Bus) -> None:
+    bus.append(0, [b"0", b"1", b"2", b"3"])
+    join(bus)
+    bus.trim(0, 3)
+    with pytest.raises(OffsetGap) as gone:
+        bus.source.seek(0, 1)
+    assert (gone.value.partition, gone.value.wanted, gone.value.available) == (0, 1, 3)
+    with pytest.raises(OffsetGap) as anew:
+        bus.source.seek(0, 9)
+    assert anew.value.available == 4
+    bus.source.seek(0, 3)
+    assert [record.offset for record in read(bus, 1)] == [3]
+
+
+def test_retention_overtakes_a_reader(bus: Bus) -> None:
+    bus.append(0, [b"0"])
+    join(bus)
+    bus.source.seek(0, 0)
+    assert len(read(bus, 1)) == 1
+    # Records between two polls may be fetched already; so go back, and cut before the next poll.
+    bus.source.seek(0, 0)
+    bus.append(0, [b"1"])
+    bus.trim(0, 2)
+    with pytest.raises(OffsetGap):
+        read(bus, 1, seconds=5)
+
+
+def test_second_sink_fences_the_first(servers: Any) -> None:
+    bus = KafkaBus(servers.kafka)
+    join(bus)
+    bus.sink.publish(outgoing(bus, b"first"), {0: 0})
+    second = KafkaSink(servers.kafka, bus.member, bus.worker)
+    for _ in range(2):  # for good: it must not fence the second in turn
+        with pytest.raises(Fenced):
+            bus.sink.publish(outgoing(bus, b"zombie"), {0: 0})
+    second.publish(outgoing(bus, b"second"), {0: 0})
+    assert bus.published() == [b"first", b"second"]
+    second.close()
+    bus.close()
+
+
+def test_two_members_share_and_take_over(servers: Any) -> None:
+    bus = KafkaBus(servers.kafka)
+    join(bus)
+    other = KafkaSource(servers.kafka, bus.group, bus.topic)
+    deadline = time.monotonic() + 20
+    while (len(bus.source.assigned()), len(other.assigned())) != (1, 1) and time.monotonic() < deadline:
+        bus.source.poll(0.1, 10)
+        other.poll(0.1, 10)
+    assert bus.source.assigned() | other.assigned() == {0, 1}
+    generation = bus.source.generation()
+    other.close()
+    join(bus, after=generation)
+    bus.close()
+
+
+def test_topics_are_made_once(servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    suffix = uuid.uuid4().hex[:8]
+    for name in ("TRANSACTIONS", "LABELS", "PREDICTIONS", "DEAD_LETTERS"):
+        monkeypatch.setattr(kafka_bus, name, f"{name.lower()}-{suffix}")
+    create_topics(servers.kafka, 3)
+    create_topics(servers.kafka, 3)
+    with pytest.raises(WrongPartitionCount, match="has 3 partitions, 4 are wanted"):
+        create_topics(servers.kafka, 4)
+    producer = KafkaProducer(bootstrap_servers=servers.kafka)
+    sent = producer.send(f"transactions-{suffix}", b"x", timestamp_ms=1_000).get(10)
+    producer.close()
+    assert sent.timestamp > 1_600_000_000_000  # the broker's clock, whatever the sender says
+
+
+def test_no_broker_is_unavailable() -> None:
+    with pytest.raises(BusUnavailable):
+        create_topics("127.0.0.1:1", 1, deadline_s=0.2)
+
+
+def test_partitioner_is_kafkas() -> None:
+    rng = np.random.default_rng(3)
+    keys = [rng.bytes(int(length)) for length in rng.integers(0, 70, 2_000)]
+    for partitions in (1, 4, 7, 256):
+        expected = [(murmur2(key) & 0x7FFFFFFF) % partitions for key in keys]
+        assert murmur2_partitions(keys, partitions).tolist() == expected

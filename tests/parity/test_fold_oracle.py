@@ -36,6 +36,7 @@ Vectors = npt.NDArray[np.float32]
 BASE = 1_767_268_800_000  # noon, 2026-01-01
 EDGES = [*COUNT_WINDOWS.values(), REACH]
 FIELDS = EVENT.names or ()
+BUSY: Row = {"event_time": 0, "amount": 100, "merchant": 1, "device": 1, "category": 1, "latitude": 0, "longitude": 0}
 THOROUGH = settings(
     max_examples=250,
     deadline=None,
@@ -185,6 +186,21 @@ def test_older_than_everything_kept_is_judged_and_let_go() -> None:
     run(profiles, [("a", dict.fromkeys(FIELDS, 0) | {"event_time": BASE, "amount": 7})])  # ties with the oldest
     oldest = profiles.events("a")[0]
     assert (int(oldest["event_time"]), int(oldest["amount"])) == (BASE, 7)
+
+
+def test_full_profile_leaves_its_neighbour_alone() -> None:
+    """The block before a full one in the arena belongs to somebody else, whatever arrives late."""
+    profiles, oracle = Profiles(arena_events=8), Oracle()
+    newest = BASE + KEPT * MINUTE
+    full = [("b", {**BUSY, "event_time": BASE + number * MINUTE}) for number in range(KEPT)]
+    neighbours = [("a", {**BUSY, "event_time": BASE + number}) for number in range(KEPT)]
+    late = [("b", {**BUSY, "event_time": time}) for time in (BASE - 1, BASE, BASE + 1, newest)]
+    for stream in (neighbours, full, late, neighbours[:3], late):
+        run(profiles, stream)
+        for customer, event in stream:
+            oracle.accept(customer, event)
+        for customer in "ab":
+            assert rows_of(profiles.events(customer)) == oracle.state(customer)
 
 
 def test_largest_sum_is_rounded_once() -> None:

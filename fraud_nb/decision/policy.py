@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ..domain.schema import Outcome
 
-# %% ../../nbs/23_policy.ipynb #e1958dc1
+# %% ../../nbs/23_policy.ipynb #3a1ccf4f
 class InvalidPolicy(ValueError):
     """The policy makes no sense; the message names the number."""
 
@@ -24,7 +24,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What right and wrong answers cost. Versioned data: a change is a new version."""
 
     version: int = 1
-    chargeback_fee_minor: int = 1500  # per chargeback; source: Stripe's dispute fee in the US, 15 USD
+    chargeback_fee_minor: int = 1500  # per chargeback; assumption: of the order of card processors' dispute fees
     loss_share: float = 1.0  # of the amount, lost to a fraud let through; assumption: goods and money are gone
     margin_share: float = 0.2  # of the amount, earned by a genuine sale; assumption
     false_decline_minor: int = 500  # goodwill lost with a genuine customer turned away; assumption

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fraud_nb.decision.policy import (
-    MISSING,
     OUTCOMES,
     InvalidPolicy,
     Policy,
@@ -19,6 +18,7 @@ from fraud_nb.decision.policy import (
     policy_from_dict,
     policy_to_dict,
 )
+from fraud_nb.domain.money import MISSING_AMOUNT
 from fraud_nb.domain.schema import Outcome
 
 shares = st.integers(0, 20).map(lambda twentieths: twentieths / 20)
@@ -38,7 +38,7 @@ policies = st.builds(
     may_decline=st.booleans(),
     missing_amount_minor=money,
 )
-amounts = st.integers(MISSING, 1_000_000)
+amounts = st.integers(MISSING_AMOUNT, 1_000_000)
 probabilities = st.integers(0, 1_000).map(lambda thousandths: thousandths / 1_000)
 GRID = np.arange(0, 1_001) / 1_000
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRANSACTIONS', 'LABELS', 'PREDICTIONS', 'DEAD_LETTERS', 'DEADLINE_S', 'LARGEST_RECORD', 'Partitions',
            'WrongPartitionCount', 'check_partitions', 'create_topics', 'murmur2_partitions', 'crc32_partitions',
-           'record_of', 'KafkaSource', 'RecordTooLarge', 'within_deadline', 'KafkaSink', 'read_topic']
+           'record_of', 'KafkaSource', 'RecordTooLarge', 'within_deadline', 'KafkaSink', 'topic_ends', 'read_topic']
 
 # %% ../../nbs/44_kafka_bus.ipynb #c6276f8f
 import threading
@@ -411,26 +411,44 @@ class KafkaSink(_Producer):
         """Let go of the connection."""
         self.throw_away()
 
-# %% ../../nbs/44_kafka_bus.ipynb #6539995c
+# %% ../../nbs/44_kafka_bus.ipynb #a29c0fb0
+@contextmanager
+def _onlooker(bootstrap: str, topic: str) -> Iterator[tuple[Any, list[TopicPartition]]]:
+    """A consumer outside every group, and the topic's partitions."""
+    with _unavailable(f"read topic {topic}"):
+        consumer = KafkaConsumer(
+            bootstrap_servers=bootstrap.split(","), group_id=None, enable_auto_commit=False,
+            isolation_level="read_committed", auto_offset_reset="earliest", bootstrap_timeout_ms=int(DEADLINE_S * 1e3),
+        )  # fmt: skip
+        try:
+            yield (
+                consumer,
+                [TopicPartition(topic, number) for number in sorted(consumer.partitions_for_topic(topic) or ())],
+            )
+        finally:
+            consumer.close(autocommit=False)
+
+
+def topic_ends(
+    bootstrap: str,  # host:port, several separated by commas
+    topic: str,
+) -> dict[int, int]:  # partition: offset of the next committed record; empty: there is no such topic
+    """How far a topic goes; raises BusUnavailable."""
+    with _onlooker(bootstrap, topic) as (consumer, places):
+        return {place.partition: end for place, end in consumer.end_offsets(places).items()} if places else {}
+
+
 def read_topic(
     bootstrap: str,  # host:port, several separated by commas
     topic: str,
 ) -> list[Record]:  # by partition, then offset
     """All committed records of a topic; raises BusUnavailable."""
-    with _unavailable("read topic"):
-        consumer = KafkaConsumer(
-            bootstrap_servers=bootstrap.split(","), group_id=None, enable_auto_commit=False,
-            isolation_level="read_committed", auto_offset_reset="earliest",
-        )  # fmt: skip
-        try:
-            places = [TopicPartition(topic, number) for number in sorted(consumer.partitions_for_topic(topic) or ())]
-            consumer.assign(places)
-            consumer.seek_to_beginning(*places)
-            ends = consumer.end_offsets(places)
-            found: list[Record] = []
-            while any(consumer.position(place) < end for place, end in ends.items()):
-                for fetched in consumer.poll(500).values():
-                    found += [record_of(each) for each in fetched]
-            return sorted(found, key=lambda record: (record.partition, record.offset))
-        finally:
-            consumer.close(autocommit=False)
+    with _onlooker(bootstrap, topic) as (consumer, places):
+        consumer.assign(places)
+        consumer.seek_to_beginning(*places)
+        ends = consumer.end_offsets(places)
+        found: list[Record] = []
+        while any(consumer.position(place) < end for place, end in ends.items()):
+            for fetched in consumer.poll(500).values():
+                found += [record_of(each) for each in fetched]
+        return sorted(found, key=lambda record: (record.partition, record.offset))

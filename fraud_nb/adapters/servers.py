@@ -10,9 +10,10 @@ __all__ = ['Report', 'MARKER', 'PORT_NAMES', 'FIRST_PORT', 'PORT_COUNT', 'ENVIRO
            'kept_password', 'is_free', 'kept_ports', 'exchange', 'valkey_answers', 'postgres_answers', 'kafka_answers',
            'Account', 'unprivileged', 'require_passage', 'launch', 'run_tool', 'last_line', 'wheel', 'valkey_command',
            'postgres_command', 'make_cluster', 'forget_ended_pid', 'is_whole', 'kafka_jars', 'download',
-           'kafka_command', 'ensure', 'start', 'log_end', 'up', 'start_all', 'down', 'send', 'wait_for_end']
+           'kafka_command', 'ensure', 'start', 'log_end', 'up', 'start_all', 'addresses_of', 'down', 'send',
+           'wait_for_end']
 
-# %% ../../nbs/46_servers.ipynb #5df095eb
+# %% ../../nbs/46_servers.ipynb #c6a49f96
 import base64
 import errno
 import fcntl
@@ -40,6 +41,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+
+from ..domain.config import Settings
 
 # %% ../../nbs/46_servers.ipynb #5fb7b7e2
 Report = Callable[[str], None]  # takes one line of progress
@@ -531,7 +534,7 @@ def download(scratch: Path) -> list[Path]:
     # jgo puts some jars on a module path; a broker wants all of them on its class path
     return [jar for jar in {jar.name: jar for jar in scratch.rglob("*.jar")}.values() if jar.name in JARS]
 
-# %% ../../nbs/46_servers.ipynb #1b0a8c6e
+# %% ../../nbs/46_servers.ipynb #7196980d
 KAFKA_CONFIGURATION = """\
 process.roles=broker,controller
 node.id=1
@@ -585,13 +588,14 @@ def kafka_command(
     if not formatted.exists():
         report("kafka: formatting its storage")
         shutil.rmtree(server.data, ignore_errors=True)  # half formatted, never started
-        cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        drawn = uuid.uuid4().bytes  # its first bit is cleared: an id that begins with "-" would be read as an option
+        cluster = base64.urlsafe_b64encode(bytes([drawn[0] & 0x7F]) + drawn[1:]).decode().rstrip("=")
         format_storage = ["kafka.tools.StorageTool", "format", "--standalone", "-t", cluster, "-c", server.argument]
         run_tool(server, [*command, *format_storage], Account())
         write_whole(formatted, cluster + "\n")
     return [*command, "kafka.Kafka", server.argument]
 
-# %% ../../nbs/46_servers.ipynb #2db463e8
+# %% ../../nbs/46_servers.ipynb #a6ef0129
 START_SECONDS = 60.0
 RELEASE_SECONDS = 2.0  # a killed process holds its ports until the kernel has freed its memory
 CHILDREN_REMAIN = "is still in use"  # PostgreSQL, of the old server's shared memory
@@ -620,8 +624,8 @@ def ensure(
         if time.monotonic() - begin > START_SECONDS:
             raise ServerError(server.name, "no answer within a minute", f"run `fraud down`, then see {server.log}")
         time.sleep(0.02)
-    verb = f"started in {time.monotonic() - begin:.1f} s" if started else "already running"
-    report(f"{server.name}: {verb}, pid {pid}")
+    if started:
+        report(f"{server.name}: started in {time.monotonic() - begin:.1f} s, pid {pid}")
 
 # %% ../../nbs/46_servers.ipynb #d04742fa
 def start(
@@ -715,6 +719,14 @@ def start_all(
         given.redis or f"redis://:{password}@127.0.0.1:{at_valkey}/0",
         given.postgres or f"postgresql://fraud:{password}@127.0.0.1:{at_postgres}/fraud",
     )
+
+# %% ../../nbs/46_servers.ipynb #bbed750b
+def addresses_of(
+    settings: Settings,
+    report: Report,  # takes a line of progress
+) -> Addresses:
+    """Where the servers are; ours are started if they do not run. Raises ServerError."""
+    return up(settings.home, report, kafka=settings.kafka, redis=settings.redis, postgres=settings.postgres)
 
 # %% ../../nbs/46_servers.ipynb #41cb9314
 POLITE_SECONDS, HARD_SECONDS = 8.0, 2.0

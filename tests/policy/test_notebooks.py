@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NBS = ROOT / "nbs"
-LAYERS = ("domain", "features", "decision", "learning", "adapters", "apps")  # index = tens digit of the notebook
+# The index is the tens digit of the notebook.
+LAYERS = ("domain", "features", "decision", "learning", "adapters", "pipeline", "apps")
 DIRECTIVES = {"default_exp", "export", "hide", "slow", "infra", "eval"}
 MAX_EXPORT_LINES = 60
 Cell = Mapping[str, Any]

@@ -370,7 +370,7 @@ class LogReader(Session):
             cursor.execute("SELECT partition, next_offset FROM progress")
             return dict(cursor.fetchall())
 
-# %% ../../nbs/43_postgres.ipynb #56c64296
+# %% ../../nbs/43_postgres.ipynb #29be33ac
 class LogOverview(LogReader):
     """The decision log as a whole."""
 
@@ -381,6 +381,31 @@ class LogOverview(LogReader):
                 f"SELECT {COLUMNS} FROM decisions WHERE outcome <> 'approve' "  # noqa: S608 (COLUMNS is ours)
                 'ORDER BY record_time DESC, "offset" DESC LIMIT %s',
                 (count,),
+            )
+            return [_logged(row) for row in cursor.fetchall()]
+
+    def find(self, transaction_id: str) -> Logged | None:
+        """The row of one transaction; None where there is none."""
+        with self._transaction() as cursor:
+            cursor.execute(
+                f"SELECT {COLUMNS} FROM decisions WHERE transaction_id = %s",  # noqa: S608 (COLUMNS is ours)
+                (transaction_id,),
+            )
+            row = cursor.fetchone()
+            return None if row is None else _logged(row)
+
+    def of_customer(
+        self,
+        partition: int,
+        customer_id: str,
+        stop: int,  # one past the last offset
+    ) -> list[Logged]:
+        """A customer's rows by offset."""
+        with self._transaction() as cursor:
+            cursor.execute(
+                f"SELECT {COLUMNS} FROM decisions WHERE customer_id = %s AND partition = %s "  # noqa: S608 (ours)
+                'AND "offset" < %s ORDER BY "offset"',
+                (customer_id, partition, stop),
             )
             return [_logged(row) for row in cursor.fetchall()]
 

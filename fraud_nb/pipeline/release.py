@@ -101,7 +101,7 @@ def tell_mlflow(settings: Settings, promotion: Promotion) -> None:
     with suppress(registry.RegistryUnavailable, registry.NotRegistered):
         registry.mirror(settings.mlflow_uri, REGISTERED, CHAMPION, promotion.model_version)
 
-# %% ../../nbs/58_release.ipynb #017155c3
+# %% ../../nbs/58_release.ipynb #088c4457
 def attach_card(
     settings: Settings,
     folder: Path,  # output of a retrain: result.json and retrain.ipynb
@@ -110,7 +110,9 @@ def attach_card(
     from fraud_nb.adapters import registry
 
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    if result.get("run_id") is None:
+    if "model_version" not in result:
         return None
-    registry.attach(settings.mlflow_uri, result["run_id"], folder / "retrain.ipynb")
+    if result["run_id"] is not None:
+        with suppress(registry.RegistryUnavailable):
+            registry.attach(settings.mlflow_uri, result["run_id"], folder / "retrain.ipynb")
     return result

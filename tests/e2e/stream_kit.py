@@ -45,7 +45,7 @@ def purchase(rng: random.Random, number: int, now: int) -> Transaction:
     )
 
 
-def small_model(path: Path) -> Path:
+def small_model(path: Path, rounds: int = 20) -> Path:
     """A bundle trained on a few thousand random purchases with a rule behind the label."""
     rng = random.Random(7)
     purchases = [purchase(rng, number, NOON + number * MINUTE_MS) for number in range(4_000)]
@@ -53,7 +53,7 @@ def small_model(path: Path) -> Path:
     amounts = np.nan_to_num(vectors[:, FEATURE_NAMES.index("amount")])
     frauds = (amounts > 15_000).astype(np.float32)
     rows = xgb.DMatrix(vectors, frauds, feature_names=list(FEATURE_NAMES), nthread=1)
-    booster = xgb.train({"objective": "binary:logistic", "max_depth": 3, "base_score": 0.5, "nthread": 1}, rows, 20)
+    booster = xgb.train({"objective": "binary:logistic", "max_depth": 3, "base_score": 0.5, "nthread": 1}, rows, rounds)
     path.write_bytes(
         pack(
             booster,

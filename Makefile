@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup export lab test clean
+.PHONY: help setup demo export lab test clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,6 +28,9 @@ $(LOCKED): requirements.lock
 $(INSTALLED): $(LOCKED) pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
+
+demo: setup ## servers, history, a first model, a live stream and its proof (DEMO_SECONDS=60 ends by itself)
+	@$(BIN)/fraud demo $(if $(DEMO_SECONDS),--seconds $(DEMO_SECONDS))
 
 export: setup ## format the notebooks, write fraud_nb/ from them, clean them
 	$(BIN)/ruff format --quiet nbs

@@ -19,12 +19,16 @@ import pytest
 from kafka import KafkaProducer
 
 from fraud_nb.adapters.kafka_bus import DEAD_LETTERS, LABELS, create_topics, murmur2_partitions, read_topic
-from fraud_nb.adapters.ledger import Ledger
-from fraud_nb.adapters.postgres import HistoryLoader, LogReader, migrate
+from fraud_nb.adapters.ledger import Ledger, LedgerReader
+from fraud_nb.adapters.postgres import LogOverview, LogReader, migrate
 from fraud_nb.decision.bundle import unpack
 from fraud_nb.domain.schema import Label, encode
 from fraud_nb.features.windows import MINUTE_MS
+from fraud_nb.pipeline.champion import Shelf
+from fraud_nb.pipeline.replay import replay
 from tests.e2e.stream_kit import MAIN, NOON, fraud, produce, purchase, small_model
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -159,7 +163,6 @@ def test_history_is_refused_once_live(shop: Shop) -> None:
     done = fraud(shop.environment, "backfill", str(path), "--map", str(mapped))
     assert done.returncode == 1 and "has live transactions" in done.stderr
     assert shop.rows("SELECT count(*) FROM decisions") == [(900,)]
-    assert HistoryLoader(shop.postgres) is not None
 
 
 @pytest.mark.parametrize("failpoint", ["", "labels-committed"])
@@ -241,3 +244,41 @@ def test_the_ledger_is_told_from_the_command_line(shop: Shop) -> None:
     assert unpack(*Ledger(shop.postgres).bundle(1)).names
     checked = fraud(shop.environment, "check")
     assert checked.returncode == 0 and checked.stderr.count(": ok") == 4
+
+
+def test_a_decision_is_made_again(shop: Shop) -> None:
+    """Identical for both models; a changed feature and a changed probability are named; history has no decision."""
+    ids = [ident for (ident,) in shop.rows("SELECT transaction_id FROM decisions WHERE outcome IS NOT NULL")]
+    shelf = Shelf(LedgerReader(shop.postgres))
+    for ident in random.Random(5).sample(ids, 60):
+        assert replay(LogOverview(shop.postgres), shelf.model, ident, "EUR").stage is None
+    told = fraud(shop.environment, "replay", ids[0])
+    assert told.returncode == 0 and "replay: identical" in told.stderr and "customer " not in told.stderr
+    for change, stage in (
+        ("features = set_byte(features, 9, get_byte(features, 9) # 1)", "features differs"),
+        ("probability = probability + 1e-9", "probability differs"),
+    ):
+        with psycopg2.connect(shop.postgres) as connection, connection.cursor() as cursor:
+            cursor.execute("CREATE TEMP TABLE kept AS SELECT * FROM decisions WHERE transaction_id = %s", (ids[0],))
+            cursor.execute(f"UPDATE decisions SET {change} WHERE transaction_id = %s", (ids[0],))
+            connection.commit()
+            told = fraud(shop.environment, "replay", ids[0])
+            assert told.returncode == 1 and stage in told.stderr
+            cursor.execute(
+                "UPDATE decisions SET features = kept.features, probability = kept.probability FROM kept "
+                "WHERE decisions.transaction_id = kept.transaction_id"
+            )
+    for ident, words in (("h1", "never decided"), ("nobody", "no transaction with this id")):
+        none = fraud(shop.environment, "replay", ident)
+        assert none.returncode == 1 and words in none.stderr
+
+
+def test_live_decisions_are_measured(shop: Shop) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN, "backtest"], env={**os.environ, **shop.environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["decisions"] == 550 and result["frauds"] == 25
+    assert result["average_precision"] == result["average_precision_again"]

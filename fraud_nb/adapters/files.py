@@ -70,7 +70,7 @@ class Time(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unit: Literal["ms", "s", "datetime"] = "datetime"  # since 1970 UTC, or ISO 8601
     zone: str = "UTC"  # of datetimes that name none
 
-# %% ../../nbs/48_files.ipynb #7ba40e29
+# %% ../../nbs/48_files.ipynb #cd479dfd
 class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What stands where the file has no column or an empty cell."""
 
@@ -90,7 +90,8 @@ class Labels(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Where the file says what turned out to be fraud."""
 
     column: str  # 1 or 0, true or false; empty where nobody knows
-    delay_days: Annotated[float, msgspec.Meta(ge=0, le=3650)]  # from the purchase to the label
+    time: str | None = None  # the column that says when it became known, written as the file writes moments
+    delay_days: Annotated[float, msgspec.Meta(ge=0, le=3650)] | None = None  # where there is none: after the purchase
     source: LabelSource = "chargeback"
     silence_is_genuine: bool = True  # only frauds become labels, as with chargebacks
 
@@ -111,7 +112,7 @@ class FileMap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     labels: Labels | None = None
     csv: Csv = Csv()
 
-# %% ../../nbs/48_files.ipynb #0a5ffa4d
+# %% ../../nbs/48_files.ipynb #563ee114
 class InvalidMap(ValueError):
     """The map cannot be used: which key, and what to write instead."""
 
@@ -163,6 +164,10 @@ def read_map(
     _zone_of(file_map.time)
     if file_map.labels is not None and file_map.labels.column in msgspec.structs.astuple(file_map.columns):
         raise InvalidMap("labels.column: also in [columns]; the answer must not be a field of the message: drop one")
+    if file_map.labels is not None and (file_map.labels.time is None) == (file_map.labels.delay_days is None):
+        raise InvalidMap(
+            "labels: either time, a column, or delay_days: nothing is known at once, so say when it became known"
+        )
     return file_map
 
 # %% ../../nbs/48_files.ipynb #41c7ff91
@@ -208,7 +213,7 @@ def number_token(
         text = format(float(text), f".{_DIGITS}g") if "e" not in text.lower() else text
     return msgspec.Raw(text.encode("ascii"))
 
-# %% ../../nbs/48_files.ipynb #9891619f
+# %% ../../nbs/48_files.ipynb #243faca8
 _WHOLE = re.compile(r"-?[0-9]{1,18}")
 _SECONDS = re.compile(r"-?[0-9]{1,12}(?:\.[0-9]+)?")
 _ISO = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:\.\d{1,9})?)?(?:Z|[+-]\d\d:?\d\d)?", re.ASCII)
@@ -221,7 +226,7 @@ _TIME_REMEDIES = {
 }
 
 
-def _moment(text: str, zone: tzinfo) -> int:
+def _moment(name: str, text: str, zone: tzinfo) -> int:
     """Milliseconds of a datetime; raises ValueError and InvalidTransaction."""
     moment = datetime.fromisoformat(text)
     if moment.tzinfo is None:
@@ -230,7 +235,7 @@ def _moment(text: str, zone: tzinfo) -> int:
             before, after = moment.utcoffset(), moment.replace(fold=1).utcoffset()
             if before is not None and after is not None and before != after:
                 reason = "twice_that_night" if before > after else "never_that_night"
-                raise InvalidTransaction("event_time", reason, "clocks changed in time.zone: write UTC or an offset")
+                raise InvalidTransaction(name, reason, "clocks changed in time.zone: write UTC or an offset")
     return (moment - _EPOCH) // _MILLISECOND
 
 
@@ -238,8 +243,9 @@ def event_time_ms(
     cell: object,
     unit: Literal["ms", "s", "datetime"],
     zone: tzinfo,  # of datetimes that name none
+    name: str = "event_time",  # the field, for the message of the error
 ) -> int:  # ms since 1970 UTC
-    """The moment of a purchase; raises InvalidTransaction."""
+    """A moment, usually that of a purchase; raises InvalidTransaction."""
     if isinstance(cell, str):
         text = cell
     elif isinstance(cell, int | float) and not isinstance(cell, bool):
@@ -252,11 +258,11 @@ def event_time_ms(
         if unit == "s" and _SECONDS.fullmatch(text):
             return round(float(text) * 1000)
         if unit == "datetime" and _ISO.fullmatch(text):
-            return _moment(text, zone)
+            return _moment(name, text, zone)
     except (ValueError, OverflowError) as error:  # month 13
         if isinstance(error, InvalidInput):
             raise
-    raise InvalidTransaction("event_time", "not_a_time", _TIME_REMEDIES[unit])
+    raise InvalidTransaction(name, "not_a_time", _TIME_REMEDIES[unit])
 
 # %% ../../nbs/48_files.ipynb #9ee38237
 _FLAGS = {"1": True, "true": True, "1.0": True, "0": False, "false": False, "0.0": False}
@@ -289,7 +295,7 @@ class Refusal(NamedTuple):
     reason: str  # a stable code
     remedy: str  # what would have been accepted
 
-# %% ../../nbs/48_files.ipynb #01046b46
+# %% ../../nbs/48_files.ipynb #197ef5ef
 Reader = Callable[[Any], object]  # what goes into the message; raises InvalidTransaction
 _encode = msgspec.json.Encoder().encode
 
@@ -319,21 +325,24 @@ def _encoded(body: Mapping[str, object]) -> bytes:
         raise InvalidTransaction(broken[0], "not_utf8", "save the file as UTF-8") from None
 
 
-def _label(transaction: Transaction, cell: object, labels: Labels) -> Label | None:
-    """What the file knows about a purchase; raises InvalidInput."""
-    if _is_empty(cell):
+def _label(transaction: Transaction, cells: Sequence[object], file_map: FileMap, labels: Labels) -> Label | None:
+    """What the file knows about a purchase, from the cells behind its fields; raises InvalidInput."""
+    if _is_empty(cells[0]):
         return None
-    is_fraud = flag(cell)
+    is_fraud = flag(cells[0])
     if not is_fraud and labels.silence_is_genuine:
         return None
-    label_time = transaction.event_time + round(labels.delay_days * DAY_MS)
+    if labels.time is None:
+        label_time = transaction.event_time + round((labels.delay_days or 0) * DAY_MS)
+    else:
+        label_time = event_time_ms(cells[1], file_map.time.unit, _zone_of(file_map.time), "label_time")
     return decode_label(_encode(Label(transaction.transaction_id, is_fraud, label_time, labels.source)))
 
 
 def _is_empty(cell: object) -> bool:
     return cell is None or cell == "" or cell != cell  # a NaN is what pandas writes for nothing
 
-# %% ../../nbs/48_files.ipynb #6f788396
+# %% ../../nbs/48_files.ipynb #513ff46b
 def _mapper(
     file_map: FileMap,
     default_currency: str,  # ISO 4217
@@ -341,7 +350,9 @@ def _mapper(
     """The wanted columns, and what makes a row of their cells; that one raises InvalidInput."""
     readers, labels = _readers(file_map), file_map.labels
     fields = tuple((name, read) for name, (_, read) in readers.items())
-    wanted = [column for column, _ in readers.values()] + ([] if labels is None else [labels.column])
+    wanted = [column for column, _ in readers.values()]
+    if labels is not None:
+        wanted += [labels.column] + ([] if labels.time is None else [labels.time])
     defaults = {name: value for name, value in msgspec.structs.asdict(file_map.defaults).items() if value is not None}
 
     def mapped(line: int, cells: Sequence[object]) -> MappedRow:
@@ -351,7 +362,8 @@ def _mapper(
                 body[name] = read(cell)
         message = _encoded(body)
         transaction = decode(message, default_currency)
-        return MappedRow(line, message, transaction, None if labels is None else _label(transaction, cells[-1], labels))
+        known = None if labels is None else _label(transaction, cells[len(fields) :], file_map, labels)
+        return MappedRow(line, message, transaction, known)
 
     return wanted, mapped
 

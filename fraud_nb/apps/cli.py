@@ -8,7 +8,7 @@ __all__ = ['FAILURES', 'WRONG_USAGE', 'JOBS', 'command_up', 'command_down', 'com
            'tell_unsent', 'command_produce', 'command_simulate', 'command_stream', 'stop_when', 'command_verify',
            'command_replay', 'command_demo', 'parser', 'main']
 
-# %% ../../nbs/69_cli.ipynb #3398b852
+# %% ../../nbs/69_cli.ipynb #2966ebf4
 import argparse
 import getpass
 import logging
@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -46,7 +47,7 @@ from ..decision.bundle import BundleError
 from ..domain.config import InvalidSetting, Settings
 from ..domain.money import Rates
 from ..features.windows import DAY_MS
-from ..pipeline.backfill import Past, backfill, file_past, known_by, simulated_past
+from ..pipeline.backfill import Past, backfill, file_past, known_by, simulated_past, write_past
 from ..pipeline.backtest import moment_ms
 from ..pipeline.champion import Champion, Shelf
 from ..pipeline.metrics import WorkerCollector, log_to, serve_metrics, status
@@ -176,7 +177,7 @@ def command_model(settings: Settings, arguments: argparse.Namespace) -> int:
             sys.stdout.write(f"{model.version:>4}  {model.added_at:%Y-%m-%d %H:%M}  {'  '.join(found)}  {live}\n")
     return 0
 
-# %% ../../nbs/69_cli.ipynb #f8b09f45
+# %% ../../nbs/69_cli.ipynb #547b06cf
 def until_signal() -> Callable[[], bool]:
     """Whether Ctrl-C or SIGTERM has come; takes both over."""
     came: list[int] = []
@@ -231,7 +232,12 @@ def command_produce(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def command_simulate(settings: Settings, arguments: argparse.Namespace) -> int:
-    """The simulated town goes on where the log stops."""
+    """The simulated town goes on where the log stops; or its first days, written to a file."""
+    if arguments.out:
+        world = replace(shop_town(arguments.customers, arguments.seed), days=arguments.days)
+        count = write_past(simulated_past(world), arguments.out)
+        say(f"simulate: {count:,} transactions in {arguments.out}, its map in {arguments.out.with_suffix('.toml')}")
+        return 0
     tally = LogOverview(addresses_of(settings, say).postgres).tally()
     world = shop_town(arguments.customers, arguments.seed)
     send_all(settings, arguments, going_on(world, tally.newest_ms, tell_unsent))
@@ -381,7 +387,7 @@ def parser() -> argparse.ArgumentParser:
             _ARGUMENTS[name](command)
     return top
 
-# %% ../../nbs/69_cli.ipynb #5f7aa8ed
+# %% ../../nbs/69_cli.ipynb #cf78bf88
 def _demo_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seconds", type=float, metavar="S", help="end S seconds after the first decision")
     command.add_argument("--rate", type=int, default=200, metavar="N", help="transactions per second (default: 200)")
@@ -429,6 +435,12 @@ def _produce_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--flush", action="store_true", help="at the end send labels that become known later, too")
 
 
+def _simulate_arguments(command: argparse.ArgumentParser) -> None:
+    _common(command, "--rate", "--customers", "--seed")
+    command.add_argument("--out", type=Path, metavar="FILE", help="write a CSV and its map instead")
+    command.add_argument("--days", type=int, default=120, metavar="N", help="of the file (default: 120)")
+
+
 def _stream_arguments(command: argparse.ArgumentParser) -> None:
     _common(command, "--model")
     command.add_argument("--until-idle", type=float, metavar="S", help="end after S seconds without a record")
@@ -437,7 +449,7 @@ def _stream_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--metrics-port", type=int, metavar="PORT", help="answer Prometheus on this loopback port")
 
-# %% ../../nbs/69_cli.ipynb #8f29c229
+# %% ../../nbs/69_cli.ipynb #f4e3a691
 _ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "demo": _demo_arguments,
     "backfill": _backfill_arguments,
@@ -445,7 +457,7 @@ _ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "backtest": _backtest_arguments,
     "model": _model_arguments,
     "produce": _produce_arguments,
-    "simulate": lambda command: _common(command, "--rate", "--customers", "--seed"),
+    "simulate": _simulate_arguments,
     "stream": _stream_arguments,
     "verify": lambda command: _common(command, "--model"),
     "replay": lambda command: _common(command, "id", "--model"),

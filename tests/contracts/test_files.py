@@ -297,6 +297,17 @@ def test_defaults_refunds_period_and_delimiter(tmp_path: Path) -> None:
     assert first_day == [2, 3]
 
 
+def test_labels_with_a_time_of_their_own(tmp_path: Path) -> None:
+    header = HEADER.strip() + ",known\n"
+    assert header.split(",")[:4] == ["id", "who", "when", "paid"]
+    rows = f"1,ada,{WHEN},1,1,2026-03-04 05:06\n2,ada,{WHEN},1,1,\n3,ada,{WHEN},1,1,soon\n4,ada,{WHEN},1,,soon\n"
+    batch = read(
+        csv_file(tmp_path, header + rows), msgspec.structs.replace(MAP, labels=Labels(column="note", time="known"))
+    )
+    assert [row.label and row.label.label_time for row in batch.rows] == [1_772_600_760_000, None]
+    assert refusals(batch) == [(3, "label_time", "not_a_time"), (4, "label_time", "not_a_time")]
+
+
 @pytest.mark.parametrize("silence", [True, False])
 def test_labels(tmp_path: Path, silence: bool) -> None:
     labels = Labels(column="note", delay_days=1.5, source="analyst", silence_is_genuine=silence)
@@ -334,7 +345,7 @@ def test_the_check_counts_by_hand(tmp_path: Path) -> None:
         ("FULL[time]\nzone = '../../etc/passwd'\n", "time.zone: no such zone"),
         ("FULL[defaults]\ncurrency = 'eur'\n", "defaults.currency"),
         ("FULL[csv]\ndelimiter = '::'\n", "csv.delimiter"),
-        ("FULL[labels]\ncolumn = 'note'\n", "labels.delay_days: missing"),
+        ("FULL[labels]\ncolumn = 'note'\n", "either time, a column, or delay_days"),
         ("FULL[labels]\ncolumn = 'who'\ndelay_days = 1\n", "labels.column: also in"),
         ("[columns\n", "not TOML"),
         ("\xff", "not TOML"),

@@ -1,0 +1,271 @@
+"""`make bench`: the worker beside the pipeline of the tutorials, on the same servers, in one run.
+
+Everything is the real thing: embedded Kafka, Valkey and PostgreSQL in a folder of its own, a trained model, the traffic
+of the simulated town, and `fraud stream` and `fraud simulate` as processes. What is counted is compared with the log.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import psycopg2
+from kafka import KafkaAdminClient
+
+from fraud_nb import __version__
+from fraud_nb.adapters.feed import KafkaFeed, remembered_partition
+from fraud_nb.adapters.kafka_bus import TRANSACTIONS, create_topics, murmur2_partitions, topic_ends
+from fraud_nb.adapters.ports import Outgoing, Unavailable
+from fraud_nb.adapters.postgres import LogOverview, LogReader, migrate
+from fraud_nb.adapters.servers import Addresses, ServerError
+from fraud_nb.apps.demo import Running, start
+from fraud_nb.apps.parts import say, say_over
+from fraud_nb.decision.bundle import TrainingWindow
+from fraud_nb.decision.policy import Policy
+from fraud_nb.features.catalogue import FEATURE_NAMES
+from fraud_nb.features.windows import DAY_MS
+from fraud_nb.learning.dataset import final_split, fold_history, targets
+from fraud_nb.learning.simulate import World
+from fraud_nb.learning.train import Recipe, alert_policy, bundle_of, fit, score
+from fraud_nb.pipeline.backfill import simulated_past, transactions_of
+from fraud_nb.pipeline.produce import Message, Sent, going_on, produce, shop_town
+from tests.bench.naive import ANSWERS, TABLE, TOPIC
+from tests.bench.state import MIB
+from tests.conftest import running_servers
+
+PARTITIONS = 4
+TRAFFIC_SEED, TRAINING_SEED = 1, 2  # the model has not seen the town it judges
+RATES = (200, 1_000)  # transactions per second, open loop
+ALERT_SHARE = 0.01  # so that reasons are paid for as often as in life
+NAIVE_CEILING = 1_000  # transactions per second; so many are preloaded, that its topic does not run dry
+STUCK_S = 120  # without a single decision
+GOALS = {"tx_per_s": 8_000, "ratio": 50, "p99_ms_at_1000": 40, "worker_full_rss_mib": 1_024}  # the last two: at most
+
+
+class BenchFailed(RuntimeError):
+    """A part did not do what is measured: which, and its last words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is measured."""
+
+    transactions: int = 200_000  # preloaded for the worker
+    naive_seconds: float = 60
+    open_loop_seconds: float = 30  # at each rate, after the worker has warmed up
+    customers: int = 5_000  # of the traffic
+    training_customers: int = 1_000  # of the model's own town, 90 days
+    state_customers: int = 100_000
+
+
+QUICK = Sizes(5_000, 5, 5, 1_000, 300, 10_000)
+
+
+class Bench(NamedTuple):
+    """Where it happens."""
+
+    home: Path
+    found: Addresses
+    model: Path
+    sizes: Sizes
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For the processes; nothing of the caller's settings gets in."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
+        return kept | {"FRAUD_HOME": str(self.home)}
+
+
+def train(customers: int, path: Path) -> None:
+    """A model as `fraud retrain --quick` makes it, without test and gate."""
+    known: list[Any] = []
+    past = simulated_past(World(customers=customers, days=90, seed=TRAINING_SEED))
+    history = fold_history(transactions_of(past, known))
+    times, horizon_ms = history.events["event_time"], 14 * DAY_MS
+    now_ms = int(times.max())
+    split = final_split(times, now_ms, horizon_ms, calibration_days=14, warmup_days=14)
+    learned, later = split.train, split.calibration
+    fitted = fit(
+        Recipe(rounds=120, learning_rate=0.1), FEATURE_NAMES,
+        history.vectors[learned], targets(history, known, learned, now_ms), None,
+        history.vectors[later], targets(history, known, later, now_ms),
+    )  # fmt: skip
+    _, probabilities = score(fitted, history.vectors[later])
+    policy = alert_policy(probabilities, history.events["amount"][later], ALERT_SHARE, Policy())
+    window = TrainingWindow(split.train_start_ms, split.mature_ms)
+    path.write_bytes(bundle_of(fitted, history.vectors[later[:16]], policy, window, horizon_ms, __version__, {}))
+
+
+def first_purchases(messages: Iterable[Message], count: int) -> Iterator[Message]:
+    """So many purchases, and the labels between them."""
+    for message in messages:
+        if message.topic == TRANSACTIONS:
+            if count == 0:
+                return
+            count -= 1
+        yield message
+
+
+def preload(bench: Bench, count: int, topic: str) -> None:
+    """Put the town's first purchases on a topic."""
+    world = shop_town(bench.sizes.customers, TRAFFIC_SEED)
+    messages = first_purchases(going_on(world, None, lambda unsent: None), count)
+    if topic != TRANSACTIONS:
+        messages = (message for message in messages if message.topic == TRANSACTIONS)
+    feed = KafkaFeed(bench.found.kafka, remembered_partition(murmur2_partitions, PARTITIONS))
+
+    def send(record: Outgoing) -> None:
+        feed.send(record._replace(topic=topic) if record.topic == TRANSACTIONS else record)
+
+    def report(sent: Sent) -> None:
+        say_over(f"preload: {sent.transactions:,} of {count:,}")
+
+    produce(messages, send, time.monotonic, time.sleep, time.time_ns, None, None, lambda: False, report)
+    feed.flush()
+    feed.close()
+
+
+def last_json(bench: Bench, module: str, *words: str) -> dict[str, Any]:
+    """Run one of our modules as a process; the JSON object of its last line."""
+    command = [sys.executable, "-m", f"tests.bench.{module}", *words]
+    finished = subprocess.run(command, env=bench.environment, stdout=subprocess.PIPE, text=True)
+    if finished.returncode:
+        raise BenchFailed(f"{module}: ended with {finished.returncode}; its words are above")
+    found: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    return found
+
+
+def measure_naive(bench: Bench) -> dict[str, Any]:
+    """Transactions per second, one record at a time."""
+    count = min(bench.sizes.transactions, int(NAIVE_CEILING * bench.sizes.naive_seconds))
+    admin = KafkaAdminClient(bootstrap_servers=bench.found.kafka)
+    admin.create_topics({topic: {"num_partitions": PARTITIONS, "replication_factor": 1} for topic in (TOPIC, ANSWERS)})
+    admin.close()
+    preload(bench, count, TOPIC)
+    with psycopg2.connect(bench.found.postgres) as database, database.cursor() as cursor:
+        cursor.execute(TABLE)
+        database.commit()
+        measured = last_json(bench, "naive", str(bench.model), str(bench.sizes.naive_seconds))
+        cursor.execute("SELECT count(*) FROM naive_decisions")
+        (logged,) = cursor.fetchone()
+    database.close()
+    if logged != measured["decided"] or logged < 2:
+        raise BenchFailed(f"naive: {measured['decided']} decided, {logged} of them in its table")
+    return {
+        "naive_transactions": logged,
+        "naive_tx_per_s": (logged - 1) / measured["seconds"],  # from the first commit to the last
+    }
+
+
+def require_counted(bench: Bench, before: int, stopped: Mapping[str, Any], expected: int) -> None:
+    """Raises BenchFailed unless the log has what the worker counts, and all of it."""
+    logged = LogOverview(bench.found.postgres).tally().decisions - before
+    if not logged == stopped["decided"] == expected:
+        raise BenchFailed(f"stream: {expected} sent, {stopped['decided']} decided, {logged} in the log")
+
+
+class Moment(NamedTuple):
+    """How far the worker was."""
+
+    at_s: float
+    decided: int
+    cpu_s: float
+
+
+@contextmanager
+def stream(bench: Bench, *words: str) -> Iterator[Running]:
+    """`fraud stream` at work, ended at the latest when the block ends."""
+    worker = start(("stream", "--model", str(bench.model), *words), bench.environment, bench.home / "bench.log")
+    try:
+        yield worker
+    finally:
+        if worker.process.poll() is None:
+            worker.stop(10)
+
+
+def require_moving(worker: Running, since_s: float, doing: str) -> None:
+    """Raises BenchFailed when the worker has failed, or has not moved for long."""
+    if worker.process.poll() or time.monotonic() - since_s > STUCK_S:
+        raise BenchFailed(f"stream, {doing}: ended or stuck; its last words: {worker.last_words or 'none'}")
+
+
+def last_status(worker: Running) -> dict[str, Any]:
+    """What the worker said when it stopped."""
+    if worker.listener is not None:
+        worker.listener.join(10)
+    if worker.process.returncode or "stopped" not in worker.said:
+        raise BenchFailed(f"stream: ended with {worker.process.returncode}: {worker.last_words or 'no words'}")
+    return worker.said["stopped"]
+
+
+def measure_drain(bench: Bench) -> dict[str, Any]:
+    """Transactions per second, and what each costs, with everything on and the topic full."""
+    count, reader = bench.sizes.transactions, LogReader(bench.found.postgres)
+    preload(bench, count, TRANSACTIONS)
+    seen, peak = [Moment(time.monotonic(), 0, 0.0)], 0
+    with stream(bench, "--until-idle", "3") as worker:
+        process = psutil.Process(worker.process.pid)
+        while worker.process.poll() is None:
+            decided = sum(reader.progress().values())
+            with suppress(psutil.Error):  # it may end at any moment
+                cpu, peak = process.cpu_times(), max(peak, process.memory_info().rss)
+                if decided != seen[-1].decided:
+                    seen.append(Moment(time.monotonic(), decided, cpu.user + cpu.system))
+                    say_over(f"drain: {decided:,} of {count:,}")
+            require_moving(worker, seen[-1].at_s, "draining")
+            time.sleep(0.02)
+    stopped = last_status(worker)
+    require_counted(bench, 0, stopped, count)
+    if len(seen) < 3:
+        raise BenchFailed("transactions: too few to be timed; take more")
+    first, last = seen[1], seen[-1]  # the first commit has start-up and compilation before it
+    return {
+        "transactions": count,
+        "tx_per_s": (last.decided - first.decided) / (last.at_s - first.at_s),
+        "alert_share": 1 - stopped["outcomes"]["approve"] / count,
+        "cpu_us": 1e6 * (last.cpu_s - first.cpu_s) / (last.decided - first.decided),
+        "stage_us": {stage: 1e6 * seconds / count for stage, seconds in stopped["stage_s"].items()},
+        "worker_rss_mib": peak / MIB,
+    }
+
+
+def measure_latency(bench: Bench, rate: int) -> dict[str, Any]:
+    """Decision latency at a rate that does not bend: from the sender's clock to the commit."""
+    seconds, log = bench.sizes.open_loop_seconds, LogOverview(bench.found.postgres)
+    before, reader = log.tally().decisions, LogReader(bench.found.postgres)
+    town = ("--customers", str(bench.sizes.customers), "--seed", str(TRAFFIC_SEED))
+    with stream(bench, "--status-every", str(seconds)) as worker:
+        begun_s = time.monotonic()
+        while "ready" not in worker.said:
+            require_moving(worker, begun_s, "getting ready")
+            time.sleep(0.05)
+        sender = start(("simulate", "--rate", str(rate), *town), bench.environment, bench.home / "bench.log")
+        try:
+            window = full_window(worker, rate * seconds)
+        finally:
+            sender.stop(10)
+        until_s = time.monotonic() + STUCK_S
+        while reader.progress() != topic_ends(bench.found.kafka, TRANSACTIONS):
+            require_moving(worker, until_s - STUCK_S, f"at {rate} tx/s")
+            time.sleep(0.2)
+        worker.stop(10)
+    sent = re.search(r"sent ([\d,]+) transactions .* at most ([\d.]+) s late", sender.last_words)
+    if sent is None:
+        raise BenchFailed(f"simulate: {sender.last_words or 'no words'}")
+    require_counted(bench, before, last_status(worker), int(sent[1].replace(",", "")))
+    return {
+        f"p50_ms_at_{rate}": window["p50_ms"],
+        f"p99_ms_at_{rate}": window["p99_ms"],
+        f"tx_per_s_at_{rate}": window["tx_per_s"],
+        f"late_ms_at_{rate}": 1e3 * float(sent[2]),
+    }

@@ -8,10 +8,11 @@ __all__ = ['FAILURES', 'WRONG_USAGE', 'JOBS', 'command_up', 'command_down', 'com
            'tell_unsent', 'command_produce', 'command_simulate', 'command_stream', 'stop_when', 'command_verify',
            'command_replay', 'command_demo', 'parser', 'main']
 
-# %% ../../nbs/69_cli.ipynb #2966ebf4
+# %% ../../nbs/69_cli.ipynb #fb2b30bc
 import argparse
 import getpass
 import logging
+import math
 import os
 import signal
 import sys
@@ -331,9 +332,21 @@ def command_demo(settings: Settings, arguments: argparse.Namespace) -> int:
         sys.stdout.write(result + "\n")
     return 0
 
-# %% ../../nbs/69_cli.ipynb #6fa30c50
+# %% ../../nbs/69_cli.ipynb #7498158d
 def _moment(text: str) -> int:
-    return moment_ms(text, 0)
+    try:
+        return moment_ms(text, 0)
+    except ValueError:
+        raise argparse.ArgumentTypeError("an ISO date or datetime is needed, such as 2018-08-01") from None
+
+
+def _pace(text: str) -> float:
+    try:
+        if 0 < (pace := float(text)) < math.inf:
+            return pace
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError("a number above 0 is needed; leave it out to go at full speed")
 
 
 def _common(command: argparse.ArgumentParser, *names: str) -> None:
@@ -344,7 +357,7 @@ def _common(command: argparse.ArgumentParser, *names: str) -> None:
         "--map": {"type": Path, "help": "TOML file: which column is which field"},
         "--from": {"type": _moment, "dest": "start", "metavar": "DATE", "help": "leave out what is earlier (UTC)"},
         "--to": {"type": _moment, "dest": "stop", "metavar": "DATE", "help": "and what is not earlier than this"},
-        "--rate": {"type": float, "metavar": "N", "help": "transactions per second"},
+        "--rate": {"type": _pace, "metavar": "N", "help": "transactions per second"},
         "--customers": {"type": int, "default": 3000, "help": "of the simulated town (default: 3000)"},
         "--seed": {"type": int, "default": 1, "help": "of the simulated town"},
         "-p": {
@@ -361,7 +374,7 @@ def _common(command: argparse.ArgumentParser, *names: str) -> None:
     for name in names:
         command.add_argument(name, **known[name])  # type: ignore[arg-type]
 
-
+# %% ../../nbs/69_cli.ipynb #c4294916
 def parser() -> argparse.ArgumentParser:
     """What can be said on the command line."""
     top = argparse.ArgumentParser(prog="fraud", description="Real-time fraud detection.")
@@ -387,7 +400,7 @@ def parser() -> argparse.ArgumentParser:
             _ARGUMENTS[name](command)
     return top
 
-# %% ../../nbs/69_cli.ipynb #cf78bf88
+# %% ../../nbs/69_cli.ipynb #1cd00cc2
 def _demo_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seconds", type=float, metavar="S", help="end S seconds after the first decision")
     command.add_argument("--rate", type=int, default=200, metavar="N", help="transactions per second (default: 200)")
@@ -429,8 +442,8 @@ def _model_arguments(command: argparse.ArgumentParser) -> None:
 def _produce_arguments(command: argparse.ArgumentParser) -> None:
     _common(command, "file", "--map", "--from", "--to")
     pace = command.add_mutually_exclusive_group()
-    pace.add_argument("--rate", type=float, metavar="N", help="transactions per second (default: as fast as it goes)")
-    pace.add_argument("--speed", type=float, metavar="N", help="seconds of the file's time per second")
+    pace.add_argument("--rate", type=_pace, metavar="N", help="transactions per second (default: as fast as it goes)")
+    pace.add_argument("--speed", type=_pace, metavar="N", help="seconds of the file's time per second")
     command.add_argument("--check", action="store_true", help="send nothing, say what is in the file")
     command.add_argument("--flush", action="store_true", help="at the end send labels that become known later, too")
 

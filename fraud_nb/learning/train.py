@@ -201,16 +201,18 @@ def alert_policy(
     price = capacity_price(probabilities, amounts_minor, policy, alerts)
     return msgspec.structs.replace(policy, alert_price_minor=price)
 
-# %% ../../nbs/35_train.ipynb #ef4a5a44
+# %% ../../nbs/35_train.ipynb #09fd0251
 def choose(
-    arms: Mapping[str, Mapping[str, float]],  # arm -> what was measured on the calibration fold
+    arms: Mapping[str, Mapping[str, float]],  # arm -> what was measured on the calibration fold; the simplest first
+    least_gain: float = 0.01,  # of average precision; assumption: less is luck, and an invented purchase has its price
 ) -> str:
-    """The arm of the highest average precision, on equal ones the first; raises ValueError when none was measured."""
+    """The arm of the highest average precision, or the first that is nearly as good; raises ValueError."""
     measured = {arm: found["average_precision"] for arm, found in arms.items()}
     usable = {arm: value for arm, value in measured.items() if not np.isnan(value)}
     if not usable:
         raise ValueError("arms: none has an average precision; the calibration fold needs frauds")
-    return max(usable, key=lambda arm: usable[arm])
+    best = max(usable.values())
+    return next(arm for arm, value in usable.items() if value >= best - least_gain)
 
 # %% ../../nbs/35_train.ipynb #4c1f9a14
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -208,12 +210,25 @@ def last_status(worker: Running) -> dict[str, Any]:
     return worker.said["stopped"]
 
 
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+def stages_of(port: int) -> dict[str, float]:
+    """Seconds spent by stage, as the worker tells Prometheus."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=2) as answer:
+        told = re.findall(r'^fraud_stage_seconds_total\{stage="(\w+)"\} (\S+)$', answer.read().decode(), re.MULTILINE)
+    return {stage: float(seconds) for stage, seconds in told}
+
+
 def measure_drain(bench: Bench) -> dict[str, Any]:
     """Transactions per second, and what each costs, with everything on and the topic full."""
     count, reader = bench.sizes.transactions, LogReader(bench.found.postgres)
     preload(bench, count, TRANSACTIONS)
-    seen, peak = [Moment(time.monotonic(), 0, 0.0)], 0
-    with stream(bench, "--until-idle", "3") as worker:
+    seen, peak, spent, port = [Moment(time.monotonic(), 0, 0.0)], 0, {}, free_port()
+    with stream(bench, "--until-idle", "3", "--metrics-port", str(port)) as worker:
         process = psutil.Process(worker.process.pid)
         while worker.process.poll() is None:
             decided = sum(reader.progress().values())
@@ -222,6 +237,9 @@ def measure_drain(bench: Bench) -> dict[str, Any]:
                 if decided != seen[-1].decided:
                     seen.append(Moment(time.monotonic(), decided, cpu.user + cpu.system))
                     say_over(f"drain: {decided:,} of {count:,}")
+            if decided == count:
+                with suppress(OSError):
+                    spent = stages_of(port)
             require_moving(worker, seen[-1].at_s, "draining")
             time.sleep(0.02)
     stopped = last_status(worker)
@@ -234,9 +252,22 @@ def measure_drain(bench: Bench) -> dict[str, Any]:
         "tx_per_s": (last.decided - first.decided) / (last.at_s - first.at_s),
         "alert_share": 1 - stopped["outcomes"]["approve"] / count,
         "cpu_us": 1e6 * (last.cpu_s - first.cpu_s) / (last.decided - first.decided),
-        "stage_us": {stage: 1e6 * seconds / count for stage, seconds in stopped["stage_s"].items()},
+        "stage_us": {stage: 1e6 * seconds / count for stage, seconds in spent.items()},
         "worker_rss_mib": peak / MIB,
     }
+
+
+def full_window(worker: Running) -> dict[str, Any]:
+    """The first status about a time in which traffic came from beginning to end, to a worker that is warm."""
+    begun_s, begun_at = time.monotonic(), None
+    while True:
+        require_moving(worker, begun_s, "open loop")
+        status = worker.said.get("status", {"decided": 0})
+        if status["decided"] and begun_at is None:
+            begun_at = status["time"]  # what this one tells began before the sender did
+        elif status["decided"] and status["time"] != begun_at:
+            return status
+        time.sleep(0.05)
 
 
 def measure_latency(bench: Bench, rate: int) -> dict[str, Any]:
@@ -251,7 +282,7 @@ def measure_latency(bench: Bench, rate: int) -> dict[str, Any]:
             time.sleep(0.05)
         sender = start(("simulate", "--rate", str(rate), *town), bench.environment, bench.home / "bench.log")
         try:
-            window = full_window(worker, rate * seconds)
+            window = full_window(worker)
         finally:
             sender.stop(10)
         until_s = time.monotonic() + STUCK_S
@@ -269,3 +300,122 @@ def measure_latency(bench: Bench, rate: int) -> dict[str, Any]:
         f"tx_per_s_at_{rate}": window["tx_per_s"],
         f"late_ms_at_{rate}": 1e3 * float(sent[2]),
     }
+
+
+def measure_state(bench: Bench) -> dict[str, Any]:
+    """Memory of the profiles of many customers."""
+    measured = last_json(bench, "state", str(bench.sizes.state_customers))
+    return {
+        "state_customers": bench.sizes.state_customers,
+        "state_rss_mib": measured["after_mib"],
+        "state_added_mib": measured["after_mib"] - measured["before_mib"],
+    }
+
+
+def measure(bench: Bench) -> dict[str, Any]:
+    """Everything, one after the other; raises BenchFailed, and what servers raise."""
+    sizes = bench.sizes
+    create_topics(bench.found.kafka, PARTITIONS)
+    migrate(bench.found.postgres, PARTITIONS)
+    say("[2/6] model")
+    train(sizes.training_customers, bench.model)
+    say(f"[3/6] one record at a time, {sizes.naive_seconds:g} s")
+    result = measure_naive(bench)
+    say(f"[4/6] the worker, draining {sizes.transactions:,} transactions")
+    result |= measure_drain(bench)
+    for rate in RATES:
+        say(f"[5/6] the worker at {rate:,} transactions per second, twice {sizes.open_loop_seconds:g} s")
+        result |= measure_latency(bench, rate)
+    say(f"[6/6] memory of {sizes.state_customers:,} customers")
+    result |= measure_state(bench)
+    result["ratio"] = result["tx_per_s"] / result["naive_tx_per_s"]
+    result["worker_full_rss_mib"] = result["worker_rss_mib"] + result["state_added_mib"]
+    return result
+
+
+def verdict(result: Mapping[str, Any], name: str) -> str:
+    """The goal, and whether it was met."""
+    goal = GOALS[name]
+    met = result[name] >= goal if name in ("tx_per_s", "ratio") else result[name] <= goal
+    sign = "at least" if name in ("tx_per_s", "ratio") else "at most"
+    return f"{'met   ' if met else 'missed'}  {sign} {goal:,}"
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """For people."""
+    rows = [
+        ("one record at a time", f"{result['naive_tx_per_s']:,.0f} tx/s", ""),
+        ("the worker, draining", f"{result['tx_per_s']:,.0f} tx/s", verdict(result, "tx_per_s")),
+        ("  times as fast", f"{result['ratio']:.1f}", verdict(result, "ratio")),
+        ("  alerts, explained", f"{result['alert_share']:.2%}", ""),
+        ("  CPU of the worker", f"{result['cpu_us']:.0f} us/tx", ""),
+        *((f"    {stage}, by the clock", f"{spent:.1f} us/tx", "") for stage, spent in result["stage_us"].items()),
+    ]
+    for rate in RATES:
+        goal = verdict(result, name) if (name := f"p99_ms_at_{rate}") in GOALS else ""
+        rows += [
+            (
+                f"at {result[f'tx_per_s_at_{rate}']:,.0f} tx/s: decided, p50",
+                f"{result[f'p50_ms_at_{rate}']:.1f} ms",
+                "",
+            ),
+            ("  p99", f"{result[name]:.1f} ms", goal),
+            ("  worst delay of the sender", f"{result[f'late_ms_at_{rate}']:.0f} ms", ""),
+        ]
+    rows += [
+        ("memory of the worker, draining", f"{result['worker_rss_mib']:,.0f} MiB", ""),
+        (f"  {result['state_customers']:,} customers add", f"{result['state_added_mib']:,.0f} MiB", ""),
+        ("  both", f"{result['worker_full_rss_mib']:,.0f} MiB", verdict(result, "worker_full_rss_mib")),
+    ]
+    return "\n".join(f"{what:36}{found:>16}   {goal}".rstrip() for what, found, goal in rows)
+
+
+def rounded(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Fit for reading."""
+    return {
+        name: rounded(value) if isinstance(value, dict) else round(value, 4) if isinstance(value, float) else value
+        for name, value in result.items()
+    }
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """The table, and as its last line one JSON object."""
+    return f"{table(result)}\n{json.dumps(rounded(result))}\n"
+
+
+def sizes_of(words: Sequence[str]) -> Sizes:
+    """What the command line asks for; exits with 2 on anything else."""
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works; goals mean nothing")
+    parser.add_argument("--transactions", type=int, metavar="N", help="preloaded for the worker (default: 200000)")
+    parser.add_argument("--naive-seconds", type=float, metavar="S", help="one record at a time (default: 60)")
+    parser.add_argument("--open-loop-seconds", type=float, metavar="S", help="at each rate (default: 30)")
+    parser.add_argument("--customers", type=int, metavar="N", help="of the traffic (default: 5000)")
+    asked = vars(parser.parse_args(words))
+    sizes = QUICK if asked.pop("quick") else Sizes()
+    wrong = [name for name, value in asked.items() if value is not None and not value > 0]
+    if wrong:
+        parser.error(f"--{wrong[0].replace('_', '-')}: above 0")
+    return replace(sizes, **{name: value for name, value in asked.items() if value is not None})
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """0: measured, whatever the goals say; 1: a part failed; 2: wrong usage."""
+    sizes = sizes_of(sys.argv[1:] if words is None else words)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers are stopped then, too
+    try:
+        say("[1/6] servers: Kafka, Valkey, PostgreSQL")
+        with contextmanager(running_servers)() as running:
+            result = measure(Bench(running.home, running.addresses, running.home / "model.bundle", sizes))
+    except (BenchFailed, ServerError, Unavailable, OSError) as error:
+        say(f"bench: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("bench: interrupted")
+        return 1
+    sys.stdout.write(report(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

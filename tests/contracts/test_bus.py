@@ -3,6 +3,7 @@
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,9 +13,18 @@ from kafka.admin import MemberToRemove
 from kafka.partitioner.default import murmur2
 
 from fraud_nb.adapters import kafka_bus
-from fraud_nb.adapters.kafka_bus import KafkaSink, KafkaSource, WrongPartitionCount, create_topics, murmur2_partitions
+from fraud_nb.adapters.kafka_bus import (
+    LARGEST_RECORD,
+    KafkaSink,
+    KafkaSource,
+    RecordTooLarge,
+    WrongPartitionCount,
+    create_topics,
+    murmur2_partitions,
+    read_topic,
+)
 from fraud_nb.adapters.memory import MemorySink, MemorySource
-from fraud_nb.adapters.ports import BusUnavailable, Fenced, OffsetGap, Outgoing, Record, Sink, Source
+from fraud_nb.adapters.ports import BusUnavailable, Fenced, Headers, OffsetGap, Outgoing, Record, Sink, Source
 
 PARTITIONS = 2
 
@@ -222,6 +232,28 @@ def test_retention_overtakes_a_reader(bus: Bus) -> None:
     bus.trim(0, 2)
     with pytest.raises(OffsetGap):
         read(bus, 1, seconds=5)
+
+
+def test_whole_batches_carry_what_send_carries(servers: Any) -> None:
+    bus = KafkaBus(servers.kafka)
+    join(bus)
+    rng = np.random.default_rng(5)
+    sent: list[tuple[bytes, bytes | None, Headers]] = [
+        (b"ada", None, ()),
+        (b"", b"", (("a", b""), ("\u00fc", b"\xff"))),
+    ]
+    sent += [(b"k%d" % number, rng.bytes(int(rng.integers(9_000))), (("n", b"%d" % number),)) for number in range(300)]
+    bus.sink.publish([Outgoing(bus.output, 0, *record) for record in sent], {0: 0})  # in whole batches
+    bus.sink.publish([Outgoing(bus.output, None, *record) for record in sent], {0: 0})  # one by one
+    found = read_topic(servers.kafka, bus.output)
+    assert [(record.key, record.value, record.headers) for record in found] == [*sent, *sent]
+    for size, error in ((LARGEST_RECORD + 9_000, BusUnavailable), (3 * LARGEST_RECORD, RecordTooLarge)):
+        with pytest.raises(error):
+            bus.sink.publish([Outgoing(bus.output, 0, b"ada", value) for value in (b"small", b"x" * size)], {0: 0})
+        with suppress(Fenced):  # what a publish without an answer leaves behind
+            bus.sink.publish([], {0: 0})
+    assert len(read_topic(servers.kafka, bus.output)) == 2 * len(sent)
+    bus.close()
 
 
 def test_second_sink_fences_the_first(servers: Any) -> None:

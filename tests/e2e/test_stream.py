@@ -224,7 +224,18 @@ def test_the_writer_cannot_rewrite_history(system: System) -> None:
             cursor.execute("UPDATE decisions SET outcome = 'approve'")
 
 
-@pytest.mark.parametrize("words", [[], ["produce"], ["backfill", "x.csv"], ["model"], ["nonsense"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["produce"],
+        ["backfill", "x.csv"],
+        ["model"],
+        ["nonsense"],
+        ["simulate", "--rate", "0"],
+        ["produce", "x.csv", "--map", "m", "--from", "yesterday"],
+    ],
+)
 def test_wrong_usage_exits_2(words: list[str]) -> None:
     assert fraud({}, *words).returncode == 2
 

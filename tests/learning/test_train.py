@@ -197,5 +197,7 @@ def test_gate_against_a_champion() -> None:
 def test_choice() -> None:
     assert choose({"none": {"average_precision": 0.4}, "smote": {"average_precision": 0.5}}) == "smote"
     assert choose({"none": {"average_precision": 0.5}, "smote": {"average_precision": 0.5}}) == "none"
+    assert choose({"none": {"average_precision": 0.5}, "smote": {"average_precision": 0.509}}) == "none"
+    assert choose({"none": {"average_precision": 0.5}, "smote": {"average_precision": 0.511}}) == "smote"
     with pytest.raises(ValueError, match="needs frauds"):
         choose({"none": {"average_precision": float("nan")}})

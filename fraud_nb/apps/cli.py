@@ -178,7 +178,7 @@ def command_model(settings: Settings, arguments: argparse.Namespace) -> int:
             sys.stdout.write(f"{model.version:>4}  {model.added_at:%Y-%m-%d %H:%M}  {'  '.join(found)}  {live}\n")
     return 0
 
-# %% ../../nbs/69_cli.ipynb #547b06cf
+# %% ../../nbs/69_cli.ipynb #404a2cdc
 def until_signal() -> Callable[[], bool]:
     """Whether Ctrl-C or SIGTERM has come; takes both over."""
     came: list[int] = []
@@ -212,7 +212,7 @@ def tell_unsent(count: int) -> None:
     if count:
         say(f"{count:,} labels become known later than the last transaction; they were not sent")
 
-
+# %% ../../nbs/69_cli.ipynb #4d2a97f9
 def command_produce(settings: Settings, arguments: argparse.Namespace) -> int:
     """Put a file onto the bus; what is refused is counted and told, never sent."""
     file_map = read_map(arguments.map)

@@ -400,7 +400,7 @@ def parser() -> argparse.ArgumentParser:
             _ARGUMENTS[name](command)
     return top
 
-# %% ../../nbs/69_cli.ipynb #1cd00cc2
+# %% ../../nbs/69_cli.ipynb #8a3cf967
 def _demo_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seconds", type=float, metavar="S", help="end S seconds after the first decision")
     command.add_argument("--rate", type=int, default=200, metavar="N", help="transactions per second (default: 200)")
@@ -438,7 +438,7 @@ def _model_arguments(command: argparse.ArgumentParser) -> None:
     _common(promote, "--who", "--why")
     _common(actions.add_parser("rollback", help="undo the newest promotion"), "--who", "--why")
 
-
+# %% ../../nbs/69_cli.ipynb #05847b6d
 def _produce_arguments(command: argparse.ArgumentParser) -> None:
     _common(command, "file", "--map", "--from", "--to")
     pace = command.add_mutually_exclusive_group()

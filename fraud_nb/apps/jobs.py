@@ -70,7 +70,7 @@ def checked_values(
             raise InvalidParameter(f"{name}: no such parameter; {hint}")
     return {name: checked_value(name, text, defaults[name]) for name, text in given.items()}
 
-# %% ../../nbs/64_jobs.ipynb #17c6fb30
+# %% ../../nbs/64_jobs.ipynb #90a3ad84
 def run_job(
     notebook: Path,
     output: Path,  # the executed notebook
@@ -85,7 +85,8 @@ def run_job(
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(
-            notebook, output, parameters=dict(values), kernel_name="python3", progress_bar=progress
-        )
+            notebook, output, parameters=dict(values), kernel_name="python3", progress_bar=progress,
+            extra_arguments=["--IPKernelApp.log_level=50"],  # the kernel's own chatter is not the reader's
+        )  # fmt: skip
     except PapermillExecutionError as error:
         raise JobFailed(f"{notebook.name}: {error.ename}: {error.evalue}; read {output}") from None

@@ -45,13 +45,14 @@ from tests.bench.naive import ANSWERS, TABLE, TOPIC
 from tests.bench.state import MIB
 from tests.conftest import running_servers
 
+ROOT = Path(__file__).parents[2]
 PARTITIONS = 4
 TRAFFIC_SEED, TRAINING_SEED = 1, 2  # the model has not seen the town it judges
-RATES = (200, 1_000)  # transactions per second, open loop
 ALERT_SHARE = 0.01  # so that reasons are paid for as often as in life
 NAIVE_CEILING = 1_000  # transactions per second; so many are preloaded, that its topic does not run dry
-STUCK_S = 120  # without a single decision
-GOALS = {"tx_per_s": 8_000, "ratio": 50, "p99_ms_at_1000": 40, "worker_full_rss_mib": 1_024}  # the last two: at most
+STUCK_S = 120  # overdue
+AT_LEAST = {"tx_per_s": 8_000, "ratio": 50}
+AT_MOST = {"p99_ms_at_1000": 40, "worker_full_rss_mib": 1_024}
 
 
 class BenchFailed(RuntimeError):
@@ -64,13 +65,15 @@ class Sizes:
 
     transactions: int = 200_000  # preloaded for the worker
     naive_seconds: float = 60
+    rates: tuple[int, ...] = (200, 1_000)  # transactions per second, open loop
     open_loop_seconds: float = 30  # at each rate, after the worker has warmed up
     customers: int = 5_000  # of the traffic
     training_customers: int = 1_000  # of the model's own town, 90 days
     state_customers: int = 100_000
 
 
-QUICK = Sizes(5_000, 5, 5, 1_000, 300, 10_000)
+QUICK = Sizes(5_000, 5, (200, 1_000), 5, 1_000, 300, 10_000)
+RECIPE = Recipe(rounds=120, learning_rate=0.1)  # as `fraud retrain --quick`
 
 
 class Bench(NamedTuple):
@@ -88,8 +91,8 @@ class Bench(NamedTuple):
         return kept | {"FRAUD_HOME": str(self.home)}
 
 
-def train(customers: int, path: Path) -> None:
-    """A model as `fraud retrain --quick` makes it, without test and gate."""
+def train(customers: int, recipe: Recipe, path: Path) -> None:
+    """A model of a town, with an alert budget; without test and gate."""
     known: list[Any] = []
     past = simulated_past(World(customers=customers, days=90, seed=TRAINING_SEED))
     history = fold_history(transactions_of(past, known))
@@ -98,7 +101,7 @@ def train(customers: int, path: Path) -> None:
     split = final_split(times, now_ms, horizon_ms, calibration_days=14, warmup_days=14)
     learned, later = split.train, split.calibration
     fitted = fit(
-        Recipe(rounds=120, learning_rate=0.1), FEATURE_NAMES,
+        recipe, FEATURE_NAMES,
         history.vectors[learned], targets(history, known, learned, now_ms), None,
         history.vectors[later], targets(history, known, later, now_ms),
     )  # fmt: skip
@@ -140,7 +143,9 @@ def preload(bench: Bench, count: int, topic: str) -> None:
 def last_json(bench: Bench, module: str, *words: str) -> dict[str, Any]:
     """Run one of our modules as a process; the JSON object of its last line."""
     command = [sys.executable, "-m", f"tests.bench.{module}", *words]
-    finished = subprocess.run(command, env=bench.environment, stdout=subprocess.PIPE, text=True)
+    # Threads that wait for their share of one row should not burn the core that the servers need meanwhile.
+    environment = bench.environment | {"OMP_WAIT_POLICY": "passive"}
+    finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     if finished.returncode:
         raise BenchFailed(f"{module}: ended with {finished.returncode}; its words are above")
     found: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
@@ -195,9 +200,9 @@ def stream(bench: Bench, *words: str) -> Iterator[Running]:
             worker.stop(10)
 
 
-def require_moving(worker: Running, since_s: float, doing: str) -> None:
-    """Raises BenchFailed when the worker has failed, or has not moved for long."""
-    if worker.process.poll() or time.monotonic() - since_s > STUCK_S:
+def require_moving(worker: Running, due_s: float, doing: str) -> None:
+    """Raises BenchFailed when the worker has failed, or something is long overdue."""
+    if worker.process.poll() or time.monotonic() - due_s > STUCK_S:
         raise BenchFailed(f"stream, {doing}: ended or stuck; its last words: {worker.last_words or 'none'}")
 
 
@@ -257,11 +262,11 @@ def measure_drain(bench: Bench) -> dict[str, Any]:
     }
 
 
-def full_window(worker: Running) -> dict[str, Any]:
+def full_window(worker: Running, seconds: float) -> dict[str, Any]:
     """The first status about a time in which traffic came from beginning to end, to a worker that is warm."""
-    begun_s, begun_at = time.monotonic(), None
+    due_s, begun_at = time.monotonic() + 3 * seconds, None
     while True:
-        require_moving(worker, begun_s, "open loop")
+        require_moving(worker, due_s, "open loop")
         status = worker.said.get("status", {"decided": 0})
         if status["decided"] and begun_at is None:
             begun_at = status["time"]  # what this one tells began before the sender did
@@ -276,18 +281,18 @@ def measure_latency(bench: Bench, rate: int) -> dict[str, Any]:
     before, reader = log.tally().decisions, LogReader(bench.found.postgres)
     town = ("--customers", str(bench.sizes.customers), "--seed", str(TRAFFIC_SEED))
     with stream(bench, "--status-every", str(seconds)) as worker:
-        begun_s = time.monotonic()
+        due_s = time.monotonic()
         while "ready" not in worker.said:
-            require_moving(worker, begun_s, "getting ready")
+            require_moving(worker, due_s, "getting ready")
             time.sleep(0.05)
         sender = start(("simulate", "--rate", str(rate), *town), bench.environment, bench.home / "bench.log")
         try:
-            window = full_window(worker)
+            window = full_window(worker, seconds)
         finally:
             sender.stop(10)
-        until_s = time.monotonic() + STUCK_S
+        due_s = time.monotonic()
         while reader.progress() != topic_ends(bench.found.kafka, TRANSACTIONS):
-            require_moving(worker, until_s - STUCK_S, f"at {rate} tx/s")
+            require_moving(worker, due_s, f"at {rate} tx/s")
             time.sleep(0.2)
         worker.stop(10)
     sent = re.search(r"sent ([\d,]+) transactions .* at most ([\d.]+) s late", sender.last_words)
@@ -317,13 +322,11 @@ def measure(bench: Bench) -> dict[str, Any]:
     sizes = bench.sizes
     create_topics(bench.found.kafka, PARTITIONS)
     migrate(bench.found.postgres, PARTITIONS)
-    say("[2/6] model")
-    train(sizes.training_customers, bench.model)
     say(f"[3/6] one record at a time, {sizes.naive_seconds:g} s")
-    result = measure_naive(bench)
+    result: dict[str, Any] = {"rates": list(sizes.rates), **measure_naive(bench)}
     say(f"[4/6] the worker, draining {sizes.transactions:,} transactions")
     result |= measure_drain(bench)
-    for rate in RATES:
+    for rate in sizes.rates:
         say(f"[5/6] the worker at {rate:,} transactions per second, twice {sizes.open_loop_seconds:g} s")
         result |= measure_latency(bench, rate)
     say(f"[6/6] memory of {sizes.state_customers:,} customers")
@@ -334,40 +337,40 @@ def measure(bench: Bench) -> dict[str, Any]:
 
 
 def verdict(result: Mapping[str, Any], name: str) -> str:
-    """The goal, and whether it was met."""
-    goal = GOALS[name]
-    met = result[name] >= goal if name in ("tx_per_s", "ratio") else result[name] <= goal
-    sign = "at least" if name in ("tx_per_s", "ratio") else "at most"
-    return f"{'met   ' if met else 'missed'}  {sign} {goal:,}"
+    """The goal, and whether it was met; nothing where there is none."""
+    if name not in AT_LEAST | AT_MOST:
+        return ""
+    met = result[name] >= AT_LEAST[name] if name in AT_LEAST else result[name] <= AT_MOST[name]
+    goal = f"at least {AT_LEAST[name]:,}" if name in AT_LEAST else f"at most {AT_MOST[name]:,}"
+    return f"{'met' if met else 'MISSED'}: {goal}"
 
 
 def table(result: Mapping[str, Any]) -> str:
     """For people."""
+    speed, memory, time_ms, cost = "{:,.0f} tx/s", "{:,.0f} MiB", "{:,.1f} ms", "{:.1f} us/tx"
     rows = [
-        ("one record at a time", f"{result['naive_tx_per_s']:,.0f} tx/s", ""),
-        ("the worker, draining", f"{result['tx_per_s']:,.0f} tx/s", verdict(result, "tx_per_s")),
-        ("  times as fast", f"{result['ratio']:.1f}", verdict(result, "ratio")),
-        ("  alerts, explained", f"{result['alert_share']:.2%}", ""),
-        ("  CPU of the worker", f"{result['cpu_us']:.0f} us/tx", ""),
-        *((f"    {stage}, by the clock", f"{spent:.1f} us/tx", "") for stage, spent in result["stage_us"].items()),
+        ("one record at a time", "naive_tx_per_s", speed),
+        ("the worker, draining", "tx_per_s", speed),
+        ("  times as fast", "ratio", "{:.1f}"),
+        ("  alerts, explained", "alert_share", "{:.2%}"),
+        ("  CPU of the worker", "cpu_us", cost),
+        *((f"    {stage}, by the clock", stage, cost) for stage in result["stage_us"]),
     ]
-    for rate in RATES:
-        goal = verdict(result, name) if (name := f"p99_ms_at_{rate}") in GOALS else ""
+    for rate in result["rates"]:
         rows += [
-            (
-                f"at {result[f'tx_per_s_at_{rate}']:,.0f} tx/s: decided, p50",
-                f"{result[f'p50_ms_at_{rate}']:.1f} ms",
-                "",
-            ),
-            ("  p99", f"{result[name]:.1f} ms", goal),
-            ("  worst delay of the sender", f"{result[f'late_ms_at_{rate}']:.0f} ms", ""),
+            (f"the worker at {rate:,} tx/s; measured", f"tx_per_s_at_{rate}", speed),
+            ("  from sender to commit, p50", f"p50_ms_at_{rate}", time_ms),
+            ("  p99", f"p99_ms_at_{rate}", time_ms),
+            ("  worst delay of the sender", f"late_ms_at_{rate}", time_ms),
         ]
     rows += [
-        ("memory of the worker, draining", f"{result['worker_rss_mib']:,.0f} MiB", ""),
-        (f"  {result['state_customers']:,} customers add", f"{result['state_added_mib']:,.0f} MiB", ""),
-        ("  both", f"{result['worker_full_rss_mib']:,.0f} MiB", verdict(result, "worker_full_rss_mib")),
+        ("memory of the worker, draining", "worker_rss_mib", memory),
+        (f"  {result['state_customers']:,} customers add", "state_added_mib", memory),
+        ("  both", "worker_full_rss_mib", memory),
     ]
-    return "\n".join(f"{what:36}{found:>16}   {goal}".rstrip() for what, found, goal in rows)
+    flat = {**result, **result["stage_us"]}
+    lines = (f"{what:36}{form.format(flat[name]):>16}   {verdict(result, name)}" for what, name, form in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def rounded(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -406,7 +409,10 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         say("[1/6] servers: Kafka, Valkey, PostgreSQL")
         with contextmanager(running_servers)() as running:
-            result = measure(Bench(running.home, running.addresses, running.home / "model.bundle", sizes))
+            bench = Bench(running.home, running.addresses, running.home / "model.bundle", sizes)
+            say("[2/6] model")
+            train(sizes.training_customers, RECIPE, bench.model)
+            result = measure(bench)
     except (BenchFailed, ServerError, Unavailable, OSError) as error:
         say(f"bench: {error}")
         return 1

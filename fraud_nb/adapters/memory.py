@@ -131,7 +131,7 @@ class MemorySink:
     def close(self) -> None:
         """Nothing to let go of."""
 
-# %% ../../nbs/41_memory.ipynb #c92be2c3
+# %% ../../nbs/41_memory.ipynb #c6c50f99
 class MemoryStateStore:
     """Profiles and watermarks in two dictionaries."""
 
@@ -143,8 +143,10 @@ class MemoryStateStore:
         """Offset up to which the partition's profiles are complete."""
         return self.watermarks.get(partition)
 
-    def load(self, partition: int, customers: Sequence[str]) -> list[bytes | None]:
-        """Stored profiles in the order asked for."""
+    def load(self, partition: int, watermark: int | None, customers: Sequence[str]) -> list[bytes | None]:
+        """Stored profiles in the order asked for; raises Fenced."""
+        if self.watermarks.get(partition) != watermark:
+            raise Fenced(f"the watermark of partition {partition} is not the expected one")
         return [self.profiles.get((partition, customer)) for customer in customers]
 
     def save(

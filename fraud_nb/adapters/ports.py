@@ -101,15 +101,15 @@ class Sink(Protocol):
     def close(self) -> None:
         """Let go of the connection."""
 
-# %% ../../nbs/40_ports.ipynb #f4fdb20f
+# %% ../../nbs/40_ports.ipynb #d7bf4a35
 class StateStore(Protocol):
     """Profiles of customers, each partition with a watermark that vouches for them."""
 
     def watermark(self, partition: int) -> int | None:
         """Offset up to which the partition's profiles are complete (exclusive); None if there are none."""
 
-    def load(self, partition: int, customers: Sequence[str]) -> list[bytes | None]:
-        """Stored profiles in the order asked for; None where there is none."""
+    def load(self, partition: int, watermark: int | None, customers: Sequence[str]) -> list[bytes | None]:
+        """Profiles in the order asked for, None where there is none; raises Fenced if this is not the watermark."""
 
     def save(
         self,

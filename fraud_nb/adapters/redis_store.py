@@ -49,7 +49,7 @@ def check_eviction(policy: str | None) -> None:
     if policy not in (None, "noeviction"):
         raise EvictingStore(f"Redis: maxmemory-policy is {policy}; set it to noeviction, profiles must never vanish")
 
-# %% ../../nbs/42_redis_store.ipynb #9b075e38
+# %% ../../nbs/42_redis_store.ipynb #a885313f
 class _RedisReader:
     """The reading half, and the connection."""
 
@@ -75,13 +75,17 @@ class _RedisReader:
             stored = self._redis.get(offset_key(partition))
         return None if stored is None else int(stored)
 
-    def load(self, partition: int, customers: Sequence[str]) -> list[bytes | None]:
-        """Stored profiles in the order asked for."""
-        if not customers:
-            return []
-        with _unavailable():
-            profiles: list[bytes | None] = self._redis.mget([profile_key(partition, name) for name in customers])
-        return profiles
+    def load(self, partition: int, watermark: int | None, customers: Sequence[str]) -> list[bytes | None]:
+        """Stored profiles in the order asked for; raises Fenced: an emptied store is not a store of strangers."""
+        with _unavailable(), self._redis.pipeline(transaction=True) as both:
+            both.get(offset_key(partition))
+            if customers:
+                both.mget([profile_key(partition, name) for name in customers])
+            stored, *profiles = both.execute()
+        if (None if stored is None else int(stored)) != watermark:
+            raise Fenced(f"the watermark of partition {partition} is not the expected one")
+        found: list[bytes | None] = profiles[0] if customers else []
+        return found
 
     def close(self) -> None:
         """Let go of the connections."""

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UNUSUAL_DECIMALS', 'MAX_AMOUNT_MINOR', 'Identifier', 'EventTime', 'Currency', 'Latitude', 'Longitude',
            'MAX_MESSAGE_BYTES', 'Wire', 'LabelSource', 'encode_decision', 'decimals_of', 'InvalidInput',
-           'InvalidTransaction', 'InvalidLabel', 'to_minor_units', 'Transaction', 'explain', 'parse', 'decode',
-           'to_major_units', 'encode', 'Label', 'decode_label', 'Outcome', 'Reason', 'Decision']
+           'InvalidTransaction', 'InvalidLabel', 'to_minor_units', 'Transaction', 'explain', 'parse', 'is_plain',
+           'decode', 'to_major_units', 'encode', 'Label', 'decode_label', 'Outcome', 'Reason', 'Decision']
 
 # %% ../../nbs/00_schema.ipynb #166f24d1
 import re
@@ -130,9 +130,10 @@ class _Wire(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     latitude: Latitude | None = None
     longitude: Longitude | None = None
 
-# %% ../../nbs/00_schema.ipynb #a924b9b7
+# %% ../../nbs/00_schema.ipynb #d8a44a94
 _COMPLAINTS: tuple[tuple[str, str, str], ...] = (  # msgspec 0.2x wording, reason, remedy
     ("missing required field", "missing", "the field is required"),
+    ("`str` of length", "bad_text", "1 to 64 characters"),
     ("matching regex", "bad_text", "1 to 64 characters without control characters; currency is three capitals"),
     ("Expected `int` >=", "out_of_range", "milliseconds UTC from 2000 to 2100"),
     ("Expected `int` <=", "out_of_range", "milliseconds UTC from 2000 to 2100"),
@@ -184,8 +185,30 @@ def parse(
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise explain(error, kind, decoder.type.__struct_fields__) from None
 
-# %% ../../nbs/00_schema.ipynb #2b0698c1
-_transaction_decoder = msgspec.json.Decoder(_Wire)
+# %% ../../nbs/00_schema.ipynb #6ca4a8a1
+_PlainText = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+
+
+class _PlainWire(_Wire):
+    """The same, for a message in which no identifier can hold a control character."""
+
+    transaction_id: _PlainText
+    customer_id: _PlainText
+    merchant_id: _PlainText | None = None
+    device_id: _PlainText | None = None
+    ip: _PlainText | None = None
+    category: _PlainText | None = None
+    channel: _PlainText | None = None
+
+
+_transaction_decoder, _plain_decoder = msgspec.json.Decoder(_Wire), msgspec.json.Decoder(_PlainWire)
+
+
+def is_plain(
+    message: bytes | None,
+) -> bool:
+    """Whether its strings are printable ASCII, because JSON has control characters behind a backslash only."""
+    return message is not None and message.isascii() and b"\\" not in message and b"\x7f" not in message
 
 
 def decode(
@@ -193,7 +216,11 @@ def decode(
     default_currency: str = "EUR",  # for messages that name none
 ) -> Transaction:
     """The one way in; raises InvalidTransaction."""
-    wire = parse(_transaction_decoder, message, InvalidTransaction)
+    wire: _Wire = (
+        parse(_plain_decoder, message, InvalidTransaction)
+        if is_plain(message)
+        else parse(_transaction_decoder, message, InvalidTransaction)
+    )
     if (wire.latitude is None) != (wire.longitude is None):
         raise InvalidTransaction("longitude", "half_a_place", "send latitude and longitude together, or neither")
     currency = wire.currency or default_currency

@@ -126,8 +126,9 @@ def learn_all(
             return index
     return len(events)
 
-# %% ../../nbs/11_profile.ipynb #6677ee32
+# %% ../../nbs/11_profile.ipynb #e440d3c6
 CODEC_VERSION = 1
+_VERSION = bytes([CODEC_VERSION])
 _SIZE_CLASSES = 1 + size_class.py_func(MAX_EVENTS)
 
 
@@ -148,7 +149,7 @@ def decode_profile(
     events: Events = np.frombuffer(profile, EVENT, offset=1)
     return events
 
-# %% ../../nbs/11_profile.ipynb #f1a5a8ba
+# %% ../../nbs/11_profile.ipynb #b362d9f5
 class Profiles:
     """The profiles of many customers."""
 
@@ -159,15 +160,13 @@ class Profiles:
         self.slot_of: dict[str, int] = {}
         self.blocks: Blocks = np.zeros((1024, 3), np.int64)
         self.arena: Events = np.zeros(arena_events, EVENT)
-        self.free: Free = np.full(1 + _SIZE_CLASSES, NO_BLOCK, np.int64)
-        self.free[0] = 0
+        self.free: Free = np.array([0, *[NO_BLOCK] * _SIZE_CLASSES], np.int64)
 
     def slots(self, customers: Sequence[str]) -> npt.NDArray[np.int64]:
         """Rows of these customers; a customer never seen before gets an empty profile."""
-        slot_of = self.slot_of
-        rows = np.array([slot_of.setdefault(customer, len(slot_of)) for customer in customers], np.int64)
-        if len(slot_of) > len(self.blocks):
-            more = np.zeros((max(len(slot_of), len(self.blocks) * 5 // 4), 3), np.int64)
+        rows = np.array([self.slot_of.setdefault(customer, len(self.slot_of)) for customer in customers], np.int64)
+        if len(self.slot_of) > len(self.blocks):
+            more = np.zeros((max(len(self.slot_of), len(self.blocks) * 5 // 4), 3), np.int64)
             more[: len(self.blocks)] = self.blocks
             self.blocks = more
         return rows
@@ -187,17 +186,19 @@ class Profiles:
         while (learned := learn_all(slots, events, learned, self.blocks, self.arena, self.free)) < len(events):
             self.enlarge()
 
+    def _kept(self, customer: str) -> Events:
+        """The customer's events where they lie; valid until the next one is learned."""
+        slot = self.slot_of.get(customer)
+        start, count, _ = (0, 0, 0) if slot is None else self.blocks[slot].tolist()
+        return self.arena[start : start + count]
+
     def events(self, customer: str) -> Events:
         """A copy of the customer's events, oldest first."""
-        slot = self.slot_of.get(customer)
-        if slot is None:
-            return np.zeros(0, EVENT)
-        start, count = self.blocks[slot, START], self.blocks[slot, COUNT]
-        return self.arena[start : start + count].copy()
+        return self._kept(customer).copy()
 
     def dump(self, customer: str) -> bytes:
         """The customer's profile in the versioned byte codec."""
-        return bytes([CODEC_VERSION]) + self.events(customer).tobytes()
+        return _VERSION + self._kept(customer).tobytes()
 
     def load(
         self,

@@ -6,9 +6,10 @@
 __all__ = ['MINUTE_MS', 'HOUR_MS', 'DAY_MS', 'HORIZON_MS', 'MAX_EVENTS', 'EVENT', 'Events', 'NO_KEY', 'key_of', 'events_of',
            'events_until', 'sum_amounts', 'max_amount', 'distinct', 'occurrences', 'twice_median']
 
-# %% ../../nbs/10_windows.ipynb #16520f1a
+# %% ../../nbs/10_windows.ipynb #ac7cb6c0
 import hashlib
 from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ DAY_MS = 24 * HOUR_MS
 HORIZON_MS = 90 * DAY_MS  # state reaches no further back than this from the customer's newest event
 MAX_EVENTS = 1024  # and holds no more events than this; reaching it is itself a feature (history_count)
 
-# %% ../../nbs/10_windows.ipynb #52d5d323
+# %% ../../nbs/10_windows.ipynb #3f1ee19d
 EVENT = np.dtype(
     [
         ("event_time", "<i8"),  # ms UTC
@@ -41,6 +42,7 @@ Events = npt.NDArray[np.void]  # one row = one event, dtype EVENT
 NO_KEY = 0
 
 
+@lru_cache(maxsize=1 << 16)  # shops, devices and categories come again
 def key_of(
     text: str | None,  # an identifier, compared byte for byte
 ) -> int:  # signed 64 bits; NO_KEY only for None

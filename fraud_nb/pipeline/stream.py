@@ -8,7 +8,8 @@ __all__ = ['FUTURE_MS', 'Partitioner', 'FASTEST_MS', 'GROWTH', 'BINS', 'STAGES',
            'clock_in', 'Stopwatch', 'Worker', 'next_offsets', 'split_repeats', 'recall', 'events_of_rows',
            'roll_forward', 'decide', 'take_over', 'publish_again', 'decide_records', 'step', 'run']
 
-# %% ../../nbs/50_stream.ipynb #45384c07
+# %% ../../nbs/50_stream.ipynb #70c6ceab
+import gc
 import hashlib
 import os
 import signal
@@ -245,7 +246,7 @@ class Stopwatch:
         self._stage_s[stage] += (now_ns - self._last_ns) / 1e9
         self._last_ns = now_ns
 
-# %% ../../nbs/50_stream.ipynb #dd4900e9
+# %% ../../nbs/50_stream.ipynb #7a062079
 @dataclass(slots=True)
 class Worker:
     """One member of the consumer group: what it works with, and what it holds in memory."""
@@ -259,7 +260,7 @@ class Worker:
     rates: Rates = field(default_factory=Rates)
     default_currency: str = "EUR"
     partitioner: Partitioner = murmur2_partitions
-    batch_size: int = 1024  # records
+    batch_size: int = 2048  # records at most, when there is a backlog; a poll never waits for more than the first
     clock_ns: Callable[[], int] = time.time_ns  # the sender's kind of clock, for latencies
     counts: Counts = field(default_factory=Counts)
     # Memory, worth nothing after an error: the log knows better.
@@ -293,17 +294,18 @@ def split_repeats(
             repeats.append(Repeat(record.partition, record.offset, transaction.transaction_id, first == digest))
     return fresh, repeats
 
-# %% ../../nbs/50_stream.ipynb #cd735751
+# %% ../../nbs/50_stream.ipynb #cb63a44c
 def recall(
     store: StateStore,
     profiles: Profiles,
     partition: int,
+    watermark: int | None,  # that the profiles must have; a store that was emptied or set back has another
     customers: Sequence[str],
 ) -> None:
-    """Load the profiles of customers not yet in memory."""
+    """Load the profiles of customers not yet in memory; raises Fenced."""
     missing = [customer for customer in dict.fromkeys(customers) if customer not in profiles.slot_of]
     if missing:
-        for customer, profile in zip(missing, store.load(partition, missing), strict=True):
+        for customer, profile in zip(missing, store.load(partition, watermark, missing), strict=True):
             profiles.slots([customer])
             if profile is not None:
                 profiles.load(customer, profile)
@@ -336,7 +338,7 @@ def roll_forward(
     start = log.first_offset(partition) if watermark is None else watermark
     for page in log.read(partition, start, logged, page=1_000):
         customers = [row.transaction.customer_id for row in page]
-        recall(store, profiles, partition, customers)
+        recall(store, profiles, partition, watermark, customers)
         profiles.learn(customers, events_of_rows(page))
         reached = page[-1].offset + 1
         store.save(
@@ -347,7 +349,7 @@ def roll_forward(
     if watermark != logged:  # the last records were no transactions, or there was nothing yet
         store.save({partition: (watermark, logged)}, {})
 
-# %% ../../nbs/50_stream.ipynb #932fcc63
+# %% ../../nbs/50_stream.ipynb #97ef312c
 def decide(
     worker: Worker,
     fresh: Sequence[tuple[Record, Transaction, bytes]],
@@ -359,10 +361,12 @@ def decide(
     judged = judge(model, vectors, events["amount"], worker.rates.base, breaker_open=False)
     return [
         Logged(
-            record.partition, record.offset, transaction, int(events["amount"][row]), digest, record.timestamp_ms,
-            Judgement(worker.feature_set, vectors[row].tobytes(), *judged[row], model.version, model.policy.version),
+            record.partition, record.offset, transaction, amount_base, digest, record.timestamp_ms,
+            Judgement(worker.feature_set, vector.tobytes(), *answer, model.version, model.policy.version),
         )
-        for row, (record, transaction, digest) in enumerate(fresh)
+        for (record, transaction, digest), amount_base, vector, answer in zip(
+            fresh, events["amount"].tolist(), vectors, judged, strict=True
+        )
     ]  # fmt: skip
 
 # %% ../../nbs/50_stream.ipynb #30f5ba05
@@ -396,7 +400,7 @@ def publish_again(
             outgoing.append(dead_letter(mine[offset], field_name, reason))
     worker.sink.publish(outgoing, next_offsets(records))
 
-# %% ../../nbs/50_stream.ipynb #79f0d99a
+# %% ../../nbs/50_stream.ipynb #30a3f63d
 def decide_records(
     worker: Worker,
     records: Sequence[Record],  # at or above the log's next_offset
@@ -410,7 +414,8 @@ def decide_records(
     lap("known")
     home = {transaction.customer_id: record.partition for record, transaction, _ in fresh}
     for partition in set(home.values()):
-        recall(worker.store, worker.profiles, partition, [name for name, where in home.items() if where == partition])
+        mine = [name for name, where in home.items() if where == partition]
+        recall(worker.store, worker.profiles, partition, worker.claims[partition].next_offset, mine)
     lap("recall")
     events = events_of([transaction for _, transaction, _ in fresh], worker.rates)
     vectors = fold(worker.profiles, [transaction.customer_id for _, transaction, _ in fresh], events)
@@ -437,7 +442,7 @@ def decide_records(
     failpoint("published")
     worker.claims.update({p: Claim(before[p].epoch, offset) for p, offset in following.items()})
 
-# %% ../../nbs/50_stream.ipynb #1663db07
+# %% ../../nbs/50_stream.ipynb #5d8ae694
 def step(
     worker: Worker,
     timeout_s: float = 0.2,  # how long to wait for the first record
@@ -472,6 +477,7 @@ def run(
     ),  # what else is to be done before every turn, such as exchanging the model
 ) -> None:
     """Work until told to stop; servers may go and come back."""
+    gc.freeze()  # libraries and model are here to stay: the collector need not walk through them again and again
     while not stopping():
         try:
             between()

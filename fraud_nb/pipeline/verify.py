@@ -100,7 +100,7 @@ def topic_difference(
             return Difference("topic", partition, offset)
     return None if len(offsets) == len(sources) else Difference("topic", partition, -1)
 
-# %% ../../nbs/51_verify.ipynb #1db120e3
+# %% ../../nbs/51_verify.ipynb #14fb95bc
 def differing_state(
     store: StateStore,
     profiles: Profiles,  # of a whole partition, folded again
@@ -113,7 +113,7 @@ def differing_state(
     names = sorted(profiles.slot_of)
     for start in range(0, len(names), 1_000):
         some = names[start : start + 1_000]
-        if store.load(partition, some) != [profiles.dump(name) for name in some]:
+        if store.load(partition, logged, some) != [profiles.dump(name) for name in some]:
             return Difference("state", partition, -1)
     return None
 

@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,17 +127,17 @@ def preload(bench: Bench, count: int, topic: str) -> None:
     messages = first_purchases(going_on(world, None, lambda unsent: None), count)
     if topic != TRANSACTIONS:
         messages = (message for message in messages if message.topic == TRANSACTIONS)
-    feed = KafkaFeed(bench.found.kafka, remembered_partition(murmur2_partitions, PARTITIONS))
-
-    def send(record: Outgoing) -> None:
-        feed.send(record._replace(topic=topic) if record.topic == TRANSACTIONS else record)
 
     def report(sent: Sent) -> None:
         say_over(f"preload: {sent.transactions:,} of {count:,}")
 
-    produce(messages, send, time.monotonic, time.sleep, time.time_ns, None, None, lambda: False, report)
-    feed.flush()
-    feed.close()
+    with closing(KafkaFeed(bench.found.kafka, remembered_partition(murmur2_partitions, PARTITIONS))) as feed:
+
+        def send(record: Outgoing) -> None:
+            feed.send(record._replace(topic=topic) if record.topic == TRANSACTIONS else record)
+
+        produce(messages, send, time.monotonic, time.sleep, time.time_ns, None, None, lambda: False, report)
+        feed.flush()
 
 
 def last_json(bench: Bench, module: str, *words: str) -> dict[str, Any]:
@@ -155,17 +155,17 @@ def last_json(bench: Bench, module: str, *words: str) -> dict[str, Any]:
 def measure_naive(bench: Bench) -> dict[str, Any]:
     """Transactions per second, one record at a time."""
     count = min(bench.sizes.transactions, int(NAIVE_CEILING * bench.sizes.naive_seconds))
-    admin = KafkaAdminClient(bootstrap_servers=bench.found.kafka)
-    admin.create_topics({topic: {"num_partitions": PARTITIONS, "replication_factor": 1} for topic in (TOPIC, ANSWERS)})
-    admin.close()
+    with closing(KafkaAdminClient(bootstrap_servers=bench.found.kafka)) as admin:
+        admin.create_topics(
+            {name: {"num_partitions": PARTITIONS, "replication_factor": 1} for name in (TOPIC, ANSWERS)}
+        )
     preload(bench, count, TOPIC)
-    with psycopg2.connect(bench.found.postgres) as database, database.cursor() as cursor:
+    with closing(psycopg2.connect(bench.found.postgres)) as database, database.cursor() as cursor:
         cursor.execute(TABLE)
         database.commit()
         measured = last_json(bench, "naive", str(bench.model), str(bench.sizes.naive_seconds))
         cursor.execute("SELECT count(*) FROM naive_decisions")
         (logged,) = cursor.fetchone()
-    database.close()
     if logged != measured["decided"] or logged < 2:
         raise BenchFailed(f"naive: {measured['decided']} decided, {logged} of them in its table")
     return {
@@ -232,7 +232,9 @@ def measure_drain(bench: Bench) -> dict[str, Any]:
     """Transactions per second, and what each costs, with everything on and the topic full."""
     count, reader = bench.sizes.transactions, LogReader(bench.found.postgres)
     preload(bench, count, TRANSACTIONS)
-    seen, peak, spent, port = [Moment(time.monotonic(), 0, 0.0)], 0, {}, free_port()
+    seen, peak = [Moment(time.monotonic(), 0, 0.0)], 0
+    spent: dict[str, float] = {}
+    port = free_port()
     with stream(bench, "--until-idle", "3", "--metrics-port", str(port)) as worker:
         process = psutil.Process(worker.process.pid)
         while worker.process.poll() is None:
@@ -262,15 +264,19 @@ def measure_drain(bench: Bench) -> dict[str, Any]:
     }
 
 
-def full_window(worker: Running, seconds: float) -> dict[str, Any]:
-    """The first status about a time in which traffic came from beginning to end, to a worker that is warm."""
-    due_s, begun_at = time.monotonic() + 3 * seconds, None
+def warm_window(
+    worker: Running,
+    seconds: float,  # between two statuses
+    enough: float,  # decisions until the worker is warm
+) -> dict[str, Any]:
+    """The first status that tells only of a worker that is warm."""
+    due_s, warm_at = time.monotonic() + 4 * seconds, None
     while True:
         require_moving(worker, due_s, "open loop")
         status = worker.said.get("status", {"decided": 0})
-        if status["decided"] and begun_at is None:
-            begun_at = status["time"]  # what this one tells began before the sender did
-        elif status["decided"] and status["time"] != begun_at:
+        if warm_at is None and status["decided"] >= enough:
+            warm_at = status["time"]
+        elif warm_at is not None and status["time"] != warm_at:
             return status
         time.sleep(0.05)
 
@@ -287,7 +293,7 @@ def measure_latency(bench: Bench, rate: int) -> dict[str, Any]:
             time.sleep(0.05)
         sender = start(("simulate", "--rate", str(rate), *town), bench.environment, bench.home / "bench.log")
         try:
-            window = full_window(worker, seconds)
+            window = warm_window(worker, seconds, rate * seconds / 2)
         finally:
             sender.stop(10)
         due_s = time.monotonic()

@@ -64,7 +64,7 @@ def features_of(
 
 
 def history_of(
-    store: "redis.Redis[bytes]",
+    store: Any,  # a Redis client
     message: str,
     purchase: dict[str, Any],
 ) -> list[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 import json
 from collections import defaultdict
+from contextlib import closing
+from typing import Any
 
 import numpy as np
 import psycopg2
@@ -32,12 +34,11 @@ def test_counts_what_the_log_has(private_servers: Running) -> None:  # noqa: F81
     bench = Bench(home, found, home / "model.bundle", TINY)
     train(200, Recipe(rounds=20, learning_rate=0.3, threads=1), bench.model)
     result = measure(bench)
-    with psycopg2.connect(found.postgres) as database, database.cursor() as cursor:
+    with closing(psycopg2.connect(found.postgres)) as database, database.cursor() as cursor:
         cursor.execute("SELECT count(*), count(*) FILTER (WHERE outcome <> 'approve') FROM decisions")
         decided, alerts = cursor.fetchone()
         cursor.execute("SELECT count(*) FROM naive_decisions JOIN decisions USING (transaction_id)")
         (shared,) = cursor.fetchone()
-    database.close()
     assert decided == sum(topic_ends(found.kafka, TRANSACTIONS).values()) > TINY.transactions, "and nothing is left"
     assert result["naive_transactions"] == shared, "both judge the same traffic"
     assert 0 < result["alert_share"] * TINY.transactions <= alerts
@@ -60,7 +61,8 @@ def test_counts_what_the_log_has(private_servers: Running) -> None:  # noqa: F81
 def test_its_rival_gets_real_features() -> None:
     purchases = [each for chunk in simulate(World(customers=30, days=40, seed=3)) for each in transactions(chunk)]
     streamed = fold(Profiles(), [each.customer_id for each in purchases], events_of(purchases, Rates()))
-    histories, rows = defaultdict(list), []
+    histories: dict[str, list[Any]] = defaultdict(list)
+    rows = []
     for each in purchases:
         message = json.loads(encode(each))
         rows.append(list(features_of(message, histories[each.customer_id]).values()))

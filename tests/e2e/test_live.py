@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import psycopg2
 import pytest
+import redis
 from kafka import KafkaProducer
 
 from fraud_nb.adapters.kafka_bus import DEAD_LETTERS, LABELS, create_topics, murmur2_partitions, read_topic
@@ -233,6 +234,24 @@ def test_a_promotion_arrives_while_the_worker_runs(shop: Shop) -> None:
     shop.verify(550)
 
 
+def test_redis_is_emptied_under_a_running_worker(shop: Shop) -> None:
+    """It has no customer in memory yet, and must not take those of an empty store for new ones."""
+    worker = shop.stream()
+    try:
+        for line in worker.stderr or ():
+            if '"ready"' in line:
+                break
+        redis.Redis.from_url(shop.environment["FRAUD_REDIS"]).flushall()
+        shop.send(200)
+        shop.wait_for("SELECT count(*) FROM decisions WHERE origin = 'stream'", 750)
+    finally:
+        worker.send_signal(signal.SIGTERM)
+        _, said = worker.communicate(timeout=20)
+    assert worker.returncode == 0, said
+    assert json.loads(said.splitlines()[-1])["restarts"] >= 1
+    shop.verify(750)
+
+
 def test_the_ledger_is_told_from_the_command_line(shop: Shop) -> None:
     listed = subprocess.run(
         [sys.executable, "-c", MAIN, "model", "list"], env={**os.environ, **shop.environment}, capture_output=True,
@@ -280,5 +299,5 @@ def test_live_decisions_are_measured(shop: Shop) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["decisions"] == 550 and result["frauds"] == 25
+    assert result["decisions"] == 750 and result["frauds"] == 25
     assert result["average_precision"] == result["average_precision_again"]

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fraud_nb.domain import schema
 from fraud_nb.domain.schema import InvalidTransaction, Transaction, decimals_of, decode, encode, to_minor_units
 
 NOON = 1_767_268_800_000
@@ -104,6 +105,27 @@ def test_fuzz(seed: int) -> None:
     for _ in range(2_500):
         let_in += survives(mutated(chance)) + survives(rewritten(chance))
     assert 0 < let_in < 4_000  # the fuzz reaches both sides of the door
+
+
+def answer(body: bytes) -> Transaction | tuple[str, str]:
+    """What the door says: the transaction, or field and reason."""
+    try:
+        return decode(body)
+    except InvalidTransaction as error:
+        return error.field, error.reason
+
+
+def test_the_short_way_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = random.Random(9)
+    bodies = [mutated(chance) for _ in range(1_500)] + [rewritten(chance) for _ in range(1_500)]
+    bodies += [
+        message(**{name: text}) for name in TEXTS for text in ('""', f'"{"x" * 64}"', f'"{"x" * 65}"', '"a\x7f"')
+    ]
+    bodies += [message(**{name: '"ü"'}) for name in TEXTS]
+    assert 500 < sum(map(schema.is_plain, bodies)) < 2_900  # both ways are taken
+    quick = [answer(body) for body in bodies]
+    monkeypatch.setattr(schema, "is_plain", lambda _: False)
+    assert quick == [answer(body) for body in bodies]
 
 
 @settings(max_examples=1_000, deadline=None, derandomize=True)

@@ -55,7 +55,7 @@ test: setup ## everything a change must pass, in the order of CI
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/nbdev_test --n_workers 0
+	$(BIN)/nbdev_test --n_workers 0 --skip_folder_re '^(jobs$$|[_.])' # tests/ runs the jobs, as papermill does
 	$(BIN)/python -m pytest
 
 clean: ## remove .venv, caches and everything a run left behind

@@ -244,7 +244,7 @@ def command_simulate(settings: Settings, arguments: argparse.Namespace) -> int:
     send_all(settings, arguments, going_on(world, tally.newest_ms, tell_unsent))
     return 0
 
-# %% ../../nbs/69_cli.ipynb #dce6bd54
+# %% ../../nbs/69_cli.ipynb #85dee375
 def command_stream(settings: Settings, arguments: argparse.Namespace) -> int:
     """Work until Ctrl-C, or until nothing has come for a while."""
     log = log_to(logging.StreamHandler(sys.stderr))
@@ -265,7 +265,7 @@ def command_stream(settings: Settings, arguments: argparse.Namespace) -> int:
     run(worker, stop_when(worker, arguments.until_idle), time.sleep, life.turn)
     ended.set()
     labels.join(5)
-    span_s = (worker.counts.newest_record_ms - worker.counts.oldest_record_ms) / 1e3
+    span_s = (worker.counts.last_commit_ns - worker.counts.first_commit_ns) / 1e9
     log.info("stopped", extra={"fields": status(worker.counts, None, None, span_s) | {"labels": intake.labels}})
     worker.source.close()
     intake.source.close()

@@ -182,7 +182,7 @@ class Latencies:
         place = int(np.searchsorted(np.cumsum(counts), share * total))
         return float(FASTEST_MS * GROWTH**place)
 
-# %% ../../nbs/50_stream.ipynb #68da8c85
+# %% ../../nbs/50_stream.ipynb #0acf5af0
 STAGES = ("decode", "known", "recall", "fold", "judge", "commit", "save", "publish")
 
 
@@ -198,8 +198,9 @@ class Counts:
     outcomes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(Outcome, 0))
     latencies: Latencies = field(default_factory=Latencies)  # of the records that say when they were sent
     stage_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))  # seconds spent, in all
-    oldest_record_ms: int = 0  # broker's clock of the first record decided, and of the newest
-    newest_record_ms: int = 0
+    newest_record_ms: int = 0  # broker's clock of the newest record decided
+    first_commit_ns: int = 0  # the worker's clock at its first commit of decisions, and at its last
+    last_commit_ns: int = 0
 
 
 def count(counts: Counts, decided: Sequence[Logged], dead_letters: int, repeats: int) -> None:
@@ -211,7 +212,7 @@ def count(counts: Counts, decided: Sequence[Logged], dead_letters: int, repeats:
         if row.judgement is not None:
             counts.outcomes[row.judgement.outcome] += 1
 
-# %% ../../nbs/50_stream.ipynb #07a499ec
+# %% ../../nbs/50_stream.ipynb #516f07aa
 def sent_ns(
     record: Record,
 ) -> int | None:
@@ -232,7 +233,8 @@ def clock_in(
     counts.latencies.add((now_ns - np.array(sent, np.float64)) / 1e6)
     times = [record.timestamp_ms for record in records]
     counts.newest_record_ms = max([counts.newest_record_ms, *times])
-    counts.oldest_record_ms = counts.oldest_record_ms or min(times, default=0)
+    if records:
+        counts.first_commit_ns, counts.last_commit_ns = counts.first_commit_ns or now_ns, now_ns
 
 
 class Stopwatch:

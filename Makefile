@@ -56,7 +56,7 @@ test: setup ## everything a change must pass, in the order of CI
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/nbdev_test --n_workers 0 --skip_folder_re '^(jobs$$|[_.])' # tests/ runs the jobs, as papermill does
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile # two files at a time: most of them wait for servers
 
 clean: ## remove .venv, caches and everything a run left behind
 	rm -rf $(VENV) .fraud runs mlruns _proc _docs *.egg-info .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

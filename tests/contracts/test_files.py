@@ -360,17 +360,16 @@ def test_a_wrong_map_names_the_key(tmp_path: Path, toml: str, complaint: str) ->
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.skipif(
-    not HANDBOOK.exists(), reason="the Handbook's data are not here; they have no licence to be shipped"
-)
-def test_the_handbook(tmp_path: Path) -> None:
-    file_map = read_map(ROOT / "tests/handbook.toml")
-    batches = rows_of(HANDBOOK, file_map)
-    rows = [row for _, batch in zip(range(4), batches, strict=False) for row in batch.rows]
-    table = pq.read_table(HANDBOOK).slice(0, len(rows))
-    assert len(rows) == 4 * 4096
-    assert [row.transaction.amount_minor for row in rows] == np.rint(table["TX_AMOUNT"].to_numpy() * 100).tolist()
-    assert [row.transaction.event_time for row in rows] == (
-        table["TX_DATETIME"].cast(pa.int64()).to_numpy() // 1000
-    ).tolist()
-    assert [row.label is not None for row in rows] == (table["TX_FRAUD"].to_numpy() == 1).tolist()
+if HANDBOOK.exists():  # evaluation data without a licence to be shipped: a machine that lacks them has nothing to test
+
+    def test_the_handbook(tmp_path: Path) -> None:
+        file_map = read_map(ROOT / "tests/handbook.toml")
+        batches = rows_of(HANDBOOK, file_map)
+        rows = [row for _, batch in zip(range(4), batches, strict=False) for row in batch.rows]
+        table = pq.read_table(HANDBOOK).slice(0, len(rows))
+        assert len(rows) == 4 * 4096
+        assert [row.transaction.amount_minor for row in rows] == np.rint(table["TX_AMOUNT"].to_numpy() * 100).tolist()
+        assert [row.transaction.event_time for row in rows] == (
+            table["TX_DATETIME"].cast(pa.int64()).to_numpy() // 1000
+        ).tolist()
+        assert [row.label is not None for row in rows] == (table["TX_FRAUD"].to_numpy() == 1).tolist()

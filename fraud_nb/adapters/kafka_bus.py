@@ -183,7 +183,7 @@ class _Membership(ConsumerRebalanceListener):  # type: ignore[misc]
             self.consumer.pause(partition)
             self.consumer.seek(partition, 0)  # any position: without one, the client would raise or choose its own
 
-# %% ../../nbs/44_kafka_bus.ipynb #8cb972c3
+# %% ../../nbs/44_kafka_bus.ipynb #3a8b9e55
 class _Member:
     """A place in the consumer group."""
 
@@ -207,6 +207,7 @@ class _Member:
                 heartbeat_interval_ms=500,
                 max_poll_interval_ms=max_poll_interval_ms,
                 retry_backoff_ms=20,
+                metadata_max_age_ms=5_000,  # a topic made a moment ago may be unknown; the default asks in 5 min
                 bootstrap_timeout_ms=int(DEADLINE_S * 1e3),
             )
             self._membership = _Membership(self._consumer)

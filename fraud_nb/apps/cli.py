@@ -271,27 +271,21 @@ def command_stream(settings: Settings, arguments: argparse.Namespace) -> int:
     intake.source.close()
     return 0
 
-# %% ../../nbs/69_cli.ipynb #221660b8
+# %% ../../nbs/69_cli.ipynb #4758aaef
 def stop_when(
     worker: Worker,
     idle_s: float | None,  # stop after so many seconds without a record; None: never
 ) -> Callable[[], bool]:
     """Whether it is time to stop; takes the process's signals over."""
-    state: dict[str, object] = {"signalled": False, "seen": None}
-    since = time.monotonic()
-
-    def on_signal(number: int, frame: object) -> None:
-        state["signalled"] = True
-
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
+    signalled, since = until_signal(), time.monotonic()
+    seen: tuple[int, int, int | None] | None = None
 
     def stopping() -> bool:
-        nonlocal since
-        seen = (worker.counts.records, worker.counts.restarts, worker.generation)
-        if seen != state["seen"] or worker.generation is None:
-            state["seen"], since = seen, time.monotonic()
-        return bool(state["signalled"]) or (idle_s is not None and time.monotonic() - since > idle_s)
+        nonlocal seen, since
+        now = (worker.counts.records, worker.counts.restarts, worker.generation)
+        if now != seen or worker.generation is None:
+            seen, since = now, time.monotonic()
+        return signalled() or (idle_s is not None and time.monotonic() - since > idle_s)
 
     return stopping
 

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['admit_labels', 'label_letter', 'Intake', 'take_in']
 
-# %% ../../nbs/54_intake.ipynb #a0981559
+# %% ../../nbs/54_intake.ipynb #278141c5
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..adapters.kafka_bus import DEAD_LETTERS
 from ..adapters.ports import Fenced, Outgoing, Record, Sink, Source, Unavailable
-from ..adapters.postgres import Claim, DeadLetter, LabelBatch, LabelLog
+from ..adapters.postgres import Claim, LabelBatch, LabelLog
 from ..domain.schema import InvalidLabel, Label, decode_label
-from .stream import FUTURE_MS, failpoint, payload_hash
+from .stream import FUTURE_MS, dead_letter, failpoint, letters_of
 
 # %% ../../nbs/54_intake.ipynb #b9825da8
 def admit_labels(
@@ -31,19 +30,14 @@ def admit_labels(
             refused.append((record, error))
     return admitted, refused
 
-# %% ../../nbs/54_intake.ipynb #4ddb8f00
+# %% ../../nbs/54_intake.ipynb #d1559523
 def label_letter(
     record: Record,
     field_name: str,
     reason: str,
 ) -> Outgoing:
-    """The refused label: its bytes as they came, and why in the headers."""
-    headers = (
-        ("source", f"labels:{record.offset}".encode()),
-        ("field", field_name.encode()),
-        ("reason", reason.encode()),
-    )
-    return Outgoing(DEAD_LETTERS, 0, record.key, record.value, headers)
+    """The refused label; labels have one partition, so its place is its offset."""
+    return dead_letter(record, field_name, reason, f"labels:{record.offset}")
 
 
 @dataclass(slots=True)
@@ -59,7 +53,7 @@ class Intake:
     labels: int = 0  # taken in since the start
     dead_letters: int = 0
 
-# %% ../../nbs/54_intake.ipynb #58487c84
+# %% ../../nbs/54_intake.ipynb #d7c531bb
 def take_in(
     intake: Intake,
     timeout_s: float = 0.0,  # how long to wait for the first record
@@ -98,11 +92,8 @@ def _publish_again(intake: Intake, records: Sequence[Record]) -> None:
 
 def _number(intake: Intake, records: Sequence[Record]) -> None:
     admitted, refused = admit_labels(records)
-    letters = [
-        DeadLetter(0, record.offset, error.field, error.reason, payload_hash(record.value)) for record, error in refused
-    ]
     following = records[-1].offset + 1
-    intake.log.commit(LabelBatch(admitted, letters, intake.claim, following))
+    intake.log.commit(LabelBatch(admitted, letters_of(refused), intake.claim, following))
     failpoint("labels-committed")
     intake.claim = Claim(intake.claim.epoch, following)
     intake.labels += len(admitted)

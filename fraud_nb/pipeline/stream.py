@@ -8,7 +8,7 @@ __all__ = ['FUTURE_MS', 'Partitioner', 'FASTEST_MS', 'GROWTH', 'BINS', 'STAGES',
            'clock_in', 'Stopwatch', 'Worker', 'next_offsets', 'split_repeats', 'recall', 'events_of_rows',
            'roll_forward', 'decide', 'take_over', 'publish_again', 'decide_records', 'step', 'run']
 
-# %% ../../nbs/50_stream.ipynb #70c6ceab
+# %% ../../nbs/50_stream.ipynb #db8812d0
 import gc
 import hashlib
 import os
@@ -35,7 +35,15 @@ from fraud_nb.adapters.postgres import (
 )
 from ..decision.judge import Model, judge
 from ..domain.money import Rates
-from ..domain.schema import Decision, InvalidTransaction, Outcome, Transaction, decode, encode_decision
+from fraud_nb.domain.schema import (
+    Decision,
+    InvalidInput,
+    InvalidTransaction,
+    Outcome,
+    Transaction,
+    decode,
+    encode_decision,
+)
 from ..features.catalogue import feature_set
 from ..features.fold import fold
 from ..features.profile import Profiles
@@ -91,7 +99,7 @@ def admit(
         refused.sort(key=lambda pair: (pair[0].partition, pair[0].offset))
     return admitted, refused
 
-# %% ../../nbs/50_stream.ipynb #c45345d7
+# %% ../../nbs/50_stream.ipynb #0ed6f02d
 def prediction(
     row: Logged,
     judgement: Judgement,  # the row's
@@ -120,7 +128,7 @@ def prediction(
 
 
 def letters_of(
-    refused: Sequence[tuple[Record, InvalidTransaction]],
+    refused: Sequence[tuple[Record, InvalidInput]],
 ) -> list[DeadLetter]:
     """The refusals as the log keeps them."""
     return [
@@ -133,10 +141,11 @@ def dead_letter(
     record: Record,
     field_name: str,
     reason: str,
+    source: str | None = None,  # where it stands; None: partition and offset, as for transactions
 ) -> Outgoing:
     """The refused record: its bytes as they came, and why in the headers."""
     headers = (
-        ("source", f"{record.partition}:{record.offset}".encode()),
+        ("source", (source or f"{record.partition}:{record.offset}").encode()),
         ("field", field_name.encode()),
         ("reason", reason.encode()),
     )

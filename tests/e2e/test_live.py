@@ -254,10 +254,7 @@ def test_redis_is_emptied_under_a_running_worker(shop: Shop) -> None:
 
 
 def test_the_ledger_is_told_from_the_command_line(shop: Shop) -> None:
-    listed = subprocess.run(
-        [sys.executable, "-c", MAIN, "model", "list"], env={**os.environ, **shop.environment}, capture_output=True,
-        text=True, timeout=60,
-    )  # fmt: skip
+    listed = fraud(shop.environment, "model", "list")
     assert listed.returncode == 0 and listed.stdout.count("champion") == 1
     unknown = fraud(shop.environment, "model", "promote", "77")
     assert unknown.returncode == 1 and "model 77: not in the ledger" in unknown.stderr
@@ -295,10 +292,7 @@ def test_a_decision_is_made_again(shop: Shop) -> None:
 
 
 def test_live_decisions_are_measured(shop: Shop) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", MAIN, "backtest"], env={**os.environ, **shop.environment, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = fraud(shop.environment | {"PYTHONPATH": str(ROOT)}, "backtest")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["decisions"] == 750 and result["frauds"] == 25

@@ -1,30 +1,24 @@
 """The retrain notebook, run by papermill as a person or a scheduler would."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fraud_nb.apps.jobs import InvalidParameter, checked_values, parameters_of
 from fraud_nb.decision.bundle import unpack
+from tests.e2e.stream_kit import fraud
 
 ROOT = Path(__file__).parents[2]
-MAIN = "import sys; from fraud_nb.apps.cli import main; sys.exit(main())"
 NOTEBOOK = ROOT / "nbs" / "jobs" / "retrain.ipynb"
 
 
 def retrain(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Without servers: from a simulated history, kept out of the ledger."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
     alone = ("retrain", "--quick", "--history", "simulated", "-p", "release=false")
-    environment = {**kept, "FRAUD_HOME": str(home), "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-c", MAIN, *alone, *words], env=environment, capture_output=True, text=True, timeout=240
-    )
+    return fraud({"FRAUD_HOME": str(home), "PYTHONPATH": str(ROOT)}, *alone, *words, timeout_s=240)
 
 
 def run_of(home: Path) -> Path:

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psycopg2
+import psycopg2.extensions
 import pytest
 
 
@@ -44,6 +46,22 @@ def servers() -> Iterator[Any]:
     """Addresses of servers that all tests share: leave room for others."""
     with contextmanager(running_servers)() as running:
         yield running.addresses
+
+
+@contextmanager
+def own_database(
+    postgres: str,  # DSN of the owner
+    name: str,
+) -> Iterator[str]:
+    """The DSN of a new database, which goes again: nothing can be removed from a log or a ledger."""
+    owner = psycopg2.connect(postgres)
+    owner.autocommit = True
+    owner.cursor().execute(f"CREATE DATABASE {name}")
+    try:
+        yield psycopg2.extensions.make_dsn(postgres, dbname=name)
+    finally:
+        owner.cursor().execute(f"DROP DATABASE {name} WITH (FORCE)")
+        owner.close()
 
 
 private_servers = pytest.fixture(scope="module", name="private_servers")(running_servers)  # a test module's own

@@ -143,11 +143,9 @@ class MemoryStateStore:
         """Offset up to which the partition's profiles are complete."""
         return self.watermarks.get(partition)
 
-    def load(self, partition: int, watermark: int | None, customers: Sequence[str]) -> list[bytes | None]:
-        """Stored profiles in the order asked for; raises Fenced."""
-        if self.watermarks.get(partition) != watermark:
-            raise Fenced(f"the watermark of partition {partition} is not the expected one")
-        return [self.profiles.get((partition, customer)) for customer in customers]
+    def load(self, partition: int, owners: Sequence[str]) -> tuple[int | None, list[bytes | None]]:
+        """The watermark, and stored state in the order asked for."""
+        return self.watermarks.get(partition), [self.profiles.get((partition, owner)) for owner in owners]
 
     def save(
         self,

@@ -22,9 +22,9 @@ def offset_key(partition: int) -> str:
     return f"fraud:{{{partition}}}:offset"
 
 
-def profile_key(partition: int, customer: str) -> str:
-    """Where a customer's profile lies."""
-    return f"fraud:{{{partition}}}:c:{customer}"
+def profile_key(partition: int, owner: str) -> str:
+    """Where a customer's profile lies, or the tiles of a shop or device."""
+    return f"fraud:{{{partition}}}:c:{owner}"
 
 # %% ../../nbs/42_redis_store.ipynb #3f959990
 TIMEOUT_S = 2.0
@@ -75,17 +75,14 @@ class _RedisReader:
             stored = self._redis.get(offset_key(partition))
         return None if stored is None else int(stored)
 
-    def load(self, partition: int, watermark: int | None, customers: Sequence[str]) -> list[bytes | None]:
-        """Stored profiles in the order asked for; raises Fenced: an emptied store is not a store of strangers."""
+    def load(self, partition: int, owners: Sequence[str]) -> tuple[int | None, list[bytes | None]]:
+        """The watermark and, in one step with it, stored state in the order asked for."""
         with _unavailable(), self._redis.pipeline(transaction=True) as both:
             both.get(offset_key(partition))
-            if customers:
-                both.mget([profile_key(partition, name) for name in customers])
-            stored, *profiles = both.execute()
-        if (None if stored is None else int(stored)) != watermark:
-            raise Fenced(f"the watermark of partition {partition} is not the expected one")
-        found: list[bytes | None] = profiles[0] if customers else []
-        return found
+            if owners:
+                both.mget([profile_key(partition, name) for name in owners])
+            stored, *found = both.execute()
+        return None if stored is None else int(stored), found[0] if owners else []
 
     def close(self) -> None:
         """Let go of the connections."""

@@ -42,8 +42,9 @@ from ..adapters.servers import addresses_of
 from .checks import findings
 from .demo import Demo, DemoFailed, demo
 from .jobs import InvalidParameter, JobFailed, Value, checked_values, parameters_of, run_job
+from .metrics import WorkerCollector, log_to, serve_metrics, status
 from .parts import model_in, open_feed, open_intake, open_shelf, open_worker, partitioner_of, say, say_over
-from .work import Hourglass, Life, Reporter, label_thread
+from .work import Hourglass, Life, Reporter, aside, share
 from ..decision.bundle import BundleError
 from ..domain.config import InvalidSetting, Settings
 from ..domain.money import Rates
@@ -51,7 +52,7 @@ from ..features.windows import DAY_MS
 from ..pipeline.backfill import Past, backfill, file_past, known_by, simulated_past, write_past
 from ..pipeline.backtest import moment_ms
 from ..pipeline.champion import Champion, Shelf
-from ..pipeline.metrics import WorkerCollector, log_to, serve_metrics, status
+from ..pipeline.intake import take_in
 from ..pipeline.produce import Message, Sent, going_on, produce, recorded, shop_town, with_labels
 from ..pipeline.release import attach_card, promote_model, roll_back
 from ..pipeline.replay import NothingToReplay, replay, told
@@ -261,10 +262,14 @@ def command_stream(settings: Settings, arguments: argparse.Namespace) -> int:
     reporter = Reporter(worker.counts, log, Hourglass(arguments.status_every, time.monotonic()))
     life = Life(worker, intake, champion, reporter, time.monotonic)
     ended = threading.Event()
-    labels = label_thread(intake, ended, log)
+    asides = (
+        aside("labels", lambda: take_in(intake, timeout_s=0.5), ended, log),
+        aside("shared versions", lambda: share(worker, ended.wait), ended, log),
+    )
     run(worker, stop_when(worker, arguments.until_idle), time.sleep, life.turn)
     ended.set()
-    labels.join(5)
+    for thread in asides:
+        thread.join(5)
     span_s = (worker.counts.last_commit_ns - worker.counts.first_commit_ns) / 1e9
     log.info("stopped", extra={"fields": status(worker.counts, None, None, span_s) | {"labels": intake.labels}})
     worker.source.close()

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..adapters.feed import KafkaFeed, remembered_partition
 from ..adapters.kafka_bus import LABELS, KafkaSink, KafkaSource, crc32_partitions, murmur2_partitions
 from ..adapters.ledger import LedgerReader
-from ..adapters.postgres import LabelLog, PostgresLog
+from ..adapters.postgres import LabelLog, PostgresLog, VersionLog
 from ..adapters.redis_store import RedisStateStore
 from ..adapters.servers import Addresses
 from ..decision.bundle import unpack
@@ -22,6 +22,7 @@ from ..domain.config import Settings
 from ..domain.money import Rates
 from ..pipeline.champion import Shelf
 from ..pipeline.intake import Intake
+from ..pipeline.sharing import Sharing
 from ..pipeline.stream import Partitioner, Worker
 
 # %% ../../nbs/60_parts.ipynb #547ff255
@@ -65,17 +66,18 @@ def open_worker(
     model: Model,
 ) -> Worker:
     """A member of the group that decides."""
-    source = KafkaSource(found.kafka)
+    source, store = KafkaSource(found.kafka), RedisStateStore(found.redis)
     return Worker(
         source,
         KafkaSink(found.kafka, source, f"fraud-{uuid.uuid4().hex}"),
-        RedisStateStore(found.redis),
+        store,
         PostgresLog(found.postgres),
         model,
         settings.partitions,
         Rates(settings.base_currency),
         settings.default_currency,
         partitioner_of(settings),
+        Sharing(VersionLog(found.postgres), store, settings.partitions),
     )
 
 

@@ -6,7 +6,7 @@
 __all__ = ['SCENARIOS', 'GENUINE', 'FRIENDLY', 'LOOK_BACK_DAYS', 'CITIES', 'CATEGORIES', 'ONLINE', 'FAVOURITES', 'DEVICE_SPAN',
            'Integers', 'Reals', 'ROW', 'TRUTH', 'SOURCES', 'FALSE_CLAIMS', 'NEVER_REPORTED', 'InvalidWorld', 'Drift',
            'World', 'Scenario', 'Population', 'populate', 'Chunk', 'is_gift_season', 'cities_of_day', 'factor_of',
-           'chunk_of', 'simulate', 'transactions', 'labels']
+           'chunk_of', 'simulate', 'transactions', 'labelled', 'labels']
 
 # %% ../../nbs/30_simulate.ipynb #3a3c676a
 from collections.abc import Iterator
@@ -406,6 +406,12 @@ def transactions(chunk: Chunk) -> list[Transaction]:
             chunk.rows.tolist()
         )
     ]
+
+
+def labelled(chunk: Chunk) -> list[tuple[Transaction, tuple[Label, ...]]]:
+    """The day's purchases, each with the claims that will ever be made about it."""
+    claims = {label.transaction_id: (label,) for label in labels(chunk)}
+    return [(purchase, claims.get(purchase.transaction_id, ())) for purchase in transactions(chunk)]
 
 
 def labels(chunk: Chunk) -> list[Label]:

@@ -16,10 +16,11 @@ import numpy.typing as npt
 from ..adapters.postgres import Logged, LogReader
 from ..decision.judge import Model
 from ..domain.money import Rates
-from ..domain.schema import Outcome, Transaction
+from ..domain.schema import Outcome
 from ..features.fold import fold
 from ..features.profile import Profiles
-from ..learning.dataset import fold_history
+from ..learning.dataset import Labelled, fold_history
+from .sharing import told_then
 from .stream import events_of_rows
 from .verify import ModelOf
 
@@ -78,7 +79,8 @@ def backtest(
     for partition, logged in sorted(log.progress().items()):
         profiles = Profiles()
         for page in log.read(partition, log.first_offset(partition), logged):
-            vectors = fold(profiles, [row.transaction.customer_id for row in page], events_of_rows(page))
+            customers = [row.transaction.customer_id for row in page]
+            vectors = fold(profiles, customers, events_of_rows(page), told_then(page))
             mine = [
                 (place, row, row.judgement)
                 for place, row in enumerate(page)
@@ -95,14 +97,14 @@ def backtest(
 
 # %% ../../nbs/57_backtest.ipynb #c27f017c
 def file_scores(
-    transactions: Iterable[Transaction],  # all of them, in the order of acceptance
+    purchases: Iterable[Labelled],  # all of them, in the order of acceptance
     model: Model,
     rates: Rates,
     start_ms: int,  # event time, ms UTC
     stop_ms: int,
 ) -> Scored:
     """Scores of some days of a file, with all that was before them folded."""
-    history = fold_history(transactions, rates)
+    history = fold_history(purchases, rates)
     times = history.events["event_time"]
     rows = np.flatnonzero((times >= start_ms) & (times < stop_ms))
     return Scored(

@@ -15,6 +15,7 @@ from ..adapters.postgres import Judgement, Logged, LogOverview
 from ..features.catalogue import FEATURE_NAMES, feature_set
 from ..features.fold import fold
 from ..features.profile import Profiles
+from .sharing import told_then
 from .stream import events_of_rows
 from .verify import ModelOf, differing_stage, judge_again
 
@@ -43,7 +44,8 @@ def features_then(
     rows: Sequence[Logged],  # of one customer, by offset; the last is the one in question
 ) -> bytes:
     """The vector of the last row, from those before it."""
-    vectors = fold(Profiles(), [row.transaction.customer_id for row in rows], events_of_rows(rows))
+    customers = [row.transaction.customer_id for row in rows]
+    vectors = fold(Profiles(), customers, events_of_rows(rows), told_then(rows))
     return bytes(vectors[-1].tobytes())
 
 
@@ -74,7 +76,7 @@ def told(
     lines = [
         f"decided at partition {row.partition}, offset {row.offset}: {stored.outcome}, "
         f"probability {stored.probability:.6f}, model {stored.model_version}, policy {stored.policy_version}",
-        f"features from {replayed.earlier} earlier events of the customer"
+        f"features from {replayed.earlier} earlier events of the customer, and shared version {stored.shared_version}"
         if replayed.refolded
         else f"features as stored: set {stored.feature_set} is not in this code",
     ]

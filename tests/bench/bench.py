@@ -39,7 +39,7 @@ from fraud_nb.features.windows import DAY_MS
 from fraud_nb.learning.dataset import final_split, fold_history, targets
 from fraud_nb.learning.simulate import World
 from fraud_nb.learning.train import Recipe, alert_policy, bundle_of, fit, score
-from fraud_nb.pipeline.backfill import simulated_past, transactions_of
+from fraud_nb.pipeline.backfill import purchases_of, simulated_past
 from fraud_nb.pipeline.produce import Message, Sent, going_on, produce, shop_town
 from tests.bench.naive import ANSWERS, TABLE, TOPIC
 from tests.bench.state import MIB
@@ -93,17 +93,16 @@ class Bench(NamedTuple):
 
 def train(customers: int, recipe: Recipe, path: Path) -> None:
     """A model of a town, with an alert budget; without test and gate."""
-    known: list[Any] = []
     past = simulated_past(World(customers=customers, days=90, seed=TRAINING_SEED))
-    history = fold_history(transactions_of(past, known))
+    history = fold_history(purchases_of(past))
     times, horizon_ms = history.events["event_time"], 14 * DAY_MS
     now_ms = int(times.max())
     split = final_split(times, now_ms, horizon_ms, calibration_days=14, warmup_days=14)
     learned, later = split.train, split.calibration
     fitted = fit(
         recipe, FEATURE_NAMES,
-        history.vectors[learned], targets(history, known, learned, now_ms), None,
-        history.vectors[later], targets(history, known, later, now_ms),
+        history.vectors[learned], targets(history, learned, now_ms), None,
+        history.vectors[later], targets(history, later, now_ms),
     )  # fmt: skip
     _, probabilities = score(fitted, history.vectors[later])
     policy = alert_policy(probabilities, history.events["amount"][later], ALERT_SHARE, Policy())

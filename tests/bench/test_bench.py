@@ -26,7 +26,8 @@ from tests.conftest import Running, private_servers  # noqa: F401 (a fixture)
 TINY = Sizes(
     transactions=5_000, naive_seconds=1, rates=(1_000,), open_loop_seconds=1, customers=300, state_customers=1_000
 )  # fmt: skip
-SPARED = ("distance_", "speed_", "amount_to", "amount_in", "customer_outliers", "same_")  # columns the rival leaves out
+# Columns the rival leaves out.
+SPARED = ("distance_", "speed_", "amount_to", "amount_in", "customer_outliers", "same_", "merchant_", "device_")
 
 
 def test_counts_what_the_log_has(private_servers: Running) -> None:  # noqa: F811
@@ -75,7 +76,7 @@ def test_its_rival_gets_real_features() -> None:
 def test_state_is_what_it_says() -> None:
     profiles = Profiles()
     state.fill(profiles, 70)
-    assert [len(profiles.events(f"c{number:07d}")) for number in (0, 69)] == [state.KEPT_EVENTS] * 2
+    assert [len(profiles.rows(f"c{number:07d}")) for number in (0, 69)] == [state.KEPT_EVENTS] * 2
 
 
 def test_goals() -> None:

@@ -25,6 +25,7 @@ from fraud_nb.adapters.ledger import (
 )
 from fraud_nb.adapters.postgres import migrate
 from fraud_nb.decision.bundle import BundleError, _unzip, _zip, sha256_of
+from tests.conftest import own_database
 from tests.e2e.stream_kit import small_model
 
 Manifest = dict[str, Any]
@@ -46,17 +47,9 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.fixture
 def opened(servers: Any) -> Iterator[Open]:
-    """In a database of its own: nothing can be removed from a ledger."""
-    owner = psycopg2.connect(servers.postgres)
-    owner.autocommit = True
-    owner.cursor().execute("CREATE DATABASE ledger_test")
-    dsn = psycopg2.extensions.make_dsn(servers.postgres, dbname="ledger_test")
-    try:
+    with own_database(servers.postgres, "ledger_test") as dsn:
         migrate(dsn, 1)
         yield Open(dsn, Ledger(dsn), LedgerReader(dsn))
-    finally:
-        owner.cursor().execute("DROP DATABASE ledger_test WITH (FORCE)")
-        owner.close()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from fraud_nb.adapters.memory import MemoryStateStore
-from fraud_nb.adapters.ports import Fenced, StateStore, StoreUnavailable
+from fraud_nb.adapters.ports import SHARED, Fenced, StateStore, StoreUnavailable
 from fraud_nb.adapters.redis_store import EvictingStore, RedisStateStore
 
 
@@ -26,17 +26,17 @@ def store(request: pytest.FixtureRequest) -> Iterator[StateStore]:
 
 def test_unknown_is_none(store: StateStore) -> None:
     assert store.watermark(0) is None
-    assert store.load(0, None, ["ada", "bob"]) == [None, None]
-    assert store.load(0, None, []) == []
+    assert store.load(0, ["ada", "bob"]) == (None, [None, None])
+    assert store.load(0, []) == (None, [])
 
 
 def test_profiles_and_watermark_together(store: StateStore) -> None:
     store.save({0: (None, 3), 2: (None, 0)}, {(0, "ada"): b"\x00\xff", (2, "bob"): b""})
     assert (store.watermark(0), store.watermark(1), store.watermark(2)) == (3, None, 0)
-    assert store.load(0, 3, ["bob", "ada"]) == [None, b"\x00\xff"]
-    assert store.load(2, 0, ["bob"]) == [b""]
+    assert store.load(0, ["bob", "ada"]) == (3, [None, b"\x00\xff"])
+    assert store.load(2, ["bob"]) == (0, [b""])
     store.save({0: (3, 4)}, {(0, "ada"): b"later"})
-    assert (store.watermark(0), store.load(0, 4, ["ada"])) == (4, [b"later"])
+    assert (store.watermark(0), store.load(0, ["ada"])) == (4, (4, [b"later"]))
 
 
 def test_watermark_may_move_alone(store: StateStore) -> None:
@@ -51,20 +51,14 @@ def test_unexpected_watermark_changes_nothing(store: StateStore, expected: int |
     with pytest.raises(Fenced):
         store.save({1: (5, 9), 0: (expected, 9)}, {(0, "ada"): b"new", (1, "bob"): b"new"})
     assert (store.watermark(0), store.watermark(1)) == (5, 5)
-    assert store.load(0, 5, ["ada"]) + store.load(1, 5, ["bob"]) == [b"old", b"old"]
+    assert store.load(0, ["ada"]) == store.load(1, ["bob"]) == (5, [b"old"])
 
 
-@pytest.mark.parametrize("expected", [None, 0, 4, 6])
-def test_an_emptied_store_is_not_a_store_of_strangers(store: StateStore, expected: int | None) -> None:
-    """Who was a customer a moment ago must not become a new one because the store was emptied or set back."""
-    store.save({0: (None, 5)}, {(0, "ada"): b"profile"})
-    with pytest.raises(Fenced):
-        store.load(0, expected, ["ada"])
-    store.wipe(0)
-    with pytest.raises(Fenced):
-        store.load(0, 5, ["ada"])
-    with pytest.raises(Fenced):
-        store.load(0, 5, [])
+def test_shared_tiles_have_a_watermark_of_their_own(store: StateStore) -> None:
+    store.save({0: (None, 5), SHARED: (None, -3)}, {(0, "m:gold"): b"a customer", (SHARED, "m:gold"): b"a shop"})
+    assert (store.load(0, ["m:gold"]), store.load(SHARED, ["m:gold"])) == ((5, [b"a customer"]), (-3, [b"a shop"]))
+    store.wipe(SHARED)
+    assert (store.load(0, ["m:gold"]), store.load(SHARED, ["m:gold"])) == ((5, [b"a customer"]), (None, [None]))
 
 
 def test_profile_without_watermark_is_refused(store: StateStore) -> None:
@@ -78,23 +72,23 @@ def test_wipe_forgets_one_partition(store: StateStore) -> None:
     store.save({1: (None, 2), 11: (None, 2)}, {**many, (11, "ada"): b"kept"})
     store.wipe(1)
     assert store.watermark(1) is None
-    assert not any(store.load(1, None, [customer for _, customer in many]))
-    assert (store.watermark(11), store.load(11, 2, ["ada"])) == (2, [b"kept"])
+    assert not any(store.load(1, [customer for _, customer in many])[1])
+    assert store.load(11, ["ada"]) == (2, [b"kept"])
     store.save({1: (None, 1)}, {})
 
 
 def test_customers_with_any_name(store: StateStore) -> None:
     names = ["*", "a:b", "{9}", "", "ü", "a b", "[x]"]
     store.save({0: (None, 1)}, {(0, name): name.encode() for name in names})
-    assert store.load(0, 1, names) == [name.encode() for name in names]
+    assert store.load(0, names) == (1, [name.encode() for name in names])
     store.wipe(0)
-    assert store.load(0, None, names) == [None] * len(names)
+    assert store.load(0, names) == (None, [None] * len(names))
 
 
 def test_thousand_profiles(store: StateStore) -> None:
     profiles = {(0, f"customer-{number}"): os.urandom(3_000) for number in range(1_000)}
     store.save({0: (None, 1)}, profiles)
-    assert store.load(0, 1, [customer for _, customer in profiles]) == list(profiles.values())
+    assert store.load(0, [customer for _, customer in profiles]) == (1, list(profiles.values()))
 
 
 def test_change_between_watch_and_exec_is_fenced(servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +104,7 @@ def test_change_between_watch_and_exec_is_fenced(servers: Any, monkeypatch: pyte
     monkeypatch.setattr(redis.client.Pipeline, "multi", another_worker_first)
     with pytest.raises(Fenced):
         store.save({0: (None, 1)}, {(0, "ada"): b"late"})
-    assert (store.watermark(0), store.load(0, 9, ["ada"])) == (9, [None])
+    assert store.load(0, ["ada"]) == (9, [None])
 
 
 def test_evicting_server_is_refused(servers: Any) -> None:
@@ -133,7 +127,7 @@ def test_full_server_is_loud_and_changes_nothing(servers: Any) -> None:
             store.save({0: (None, 1)}, {(0, "ada"): os.urandom(2_000_000)})
     finally:
         client.config_set("maxmemory", "0")
-    assert (store.watermark(0), store.load(0, None, ["ada"])) == (None, [None])
+    assert store.load(0, ["ada"]) == (None, [None])
 
 
 def test_silent_server_is_given_up(servers: Any) -> None:

@@ -1,5 +1,6 @@
 """What the stream tests share: a small model, a hostile stream of records, and a worker as a process."""
 
+import json
 import os
 import random
 import subprocess
@@ -99,11 +100,26 @@ def hostile_stream(
     return records
 
 
-def produce(kafka: str, records: list[tuple[int, bytes, bytes | None]]) -> None:
-    """Put the records on topic `transactions`, in order."""
+def hostile_labels(
+    rng: random.Random,
+    purchases: int,  # so many there are by now
+    count: int,
+) -> list[tuple[int, bytes, bytes | None]]:
+    """Claims and corrections, some of them twice, some about no purchase, some that are known only much later."""
+    labels: list[tuple[int, bytes, bytes | None]] = []
+    for _ in range(count):
+        number = rng.randrange(int(1.1 * purchases))
+        known = NOON + number * 20 * MINUTE_MS + rng.choice((0, MINUTE_MS, DAY_MS, 30 * DAY_MS))
+        label = {"transaction_id": f"t{number:06d}", "is_fraud": rng.random() < 0.8, "label_time": known}
+        labels += [(0, b"", json.dumps(label).encode())] * rng.choice((1, 1, 2))
+    return labels
+
+
+def produce(kafka: str, records: list[tuple[int, bytes, bytes | None]], topic: str = TRANSACTIONS) -> None:
+    """Put the records on a topic, in order."""
     producer = KafkaProducer(bootstrap_servers=kafka, linger_ms=5)
     for partition, key, value in records:
-        producer.send(TRANSACTIONS, key=key, value=value, partition=partition)
+        producer.send(topic, key=key, value=value, partition=partition)
     producer.flush()
     producer.close()
 

@@ -5,23 +5,26 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psycopg2
 import pytest
 import redis
 
-from fraud_nb.adapters.kafka_bus import DEAD_LETTERS, create_topics, read_topic
+from fraud_nb.adapters.kafka_bus import DEAD_LETTERS, LABELS, create_topics, read_topic
 from fraud_nb.adapters.postgres import migrate
 from fraud_nb.adapters.servers import find, servers, up
 from fraud_nb.domain.schema import InvalidTransaction, decode
+from fraud_nb.features.tiles import COUNT_24H, FRAUDS_60D, WIDTH
 from tests.conftest import quiet
-from tests.e2e.stream_kit import MAIN, fraud, hostile_stream, produce, small_model
+from tests.e2e.stream_kit import MAIN, fraud, hostile_labels, hostile_stream, produce, small_model
 
-FAILPOINTS = ("claimed", "rolled-forward", "decided", "committed", "saved", "published")
+FAILPOINTS = ("claimed", "rolled-forward", "version-closed", "decided", "committed", "saved", "published")
 
 
 @dataclass
@@ -44,6 +47,7 @@ class System:
         self.purchases += count
         self.records += chunk
         produce(self.kafka, chunk)
+        produce(self.kafka, hostile_labels(self.rng, self.purchases, count // 5), LABELS)
 
     def stream(self, failpoint: str = "") -> int:
         """Run a worker until it is idle or dies."""
@@ -136,7 +140,7 @@ def test_kill_9(system: System, failpoint: str) -> None:
     system.check()
 
 
-@pytest.mark.parametrize("failpoint", ["", "wiped", "rolling"])
+@pytest.mark.parametrize("failpoint", ["", "wiped", "rolling", "building"])
 def test_redis_is_lost(system: System, failpoint: str) -> None:
     system.send(100)
     redis.Redis.from_url(system.redis).flushall()
@@ -174,8 +178,11 @@ def test_a_server_is_killed_and_comes_back(system: System, number: int) -> None:
     """The worker waits, claims again, and loses nothing."""
     command = [sys.executable, "-c", MAIN, "stream", "--model", system.model, "--until-idle", "10"]
     environment = {**os.environ, **system.environment}
+    claims = system.rows("SELECT sum(epoch) FROM progress")
     worker = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
+        while worker.poll() is None and system.rows("SELECT sum(epoch) FROM progress") == claims:
+            time.sleep(0.1)  # a worker that cannot reach its servers when it starts says so and ends
         system.send(3_000)
         pid = find(servers(system.home)[number])
         assert pid is not None
@@ -202,6 +209,29 @@ def test_parity_on_fifty_thousand(system: System) -> None:
     system.send(2_000)
     assert system.stream() == 0
     system.check()
+    rows = system.rows("SELECT shared_version, shared FROM decisions")
+    told = np.frombuffer(b"".join(bytes(shared) for _, shared in rows), "<i8").reshape(len(rows), WIDTH)
+    assert len({version for version, _ in rows}) > 10, (
+        "versions must move on while the stream runs, or this proves little"
+    )
+    assert (told[:, FRAUDS_60D] > 0).any() and (told[:, COUNT_24H] > 10).any()
+
+
+def test_verify_names_what_a_decision_should_have_been_told(system: System) -> None:
+    """One integer more than there was: the features that follow from it, and the integer itself."""
+    ident = "SELECT transaction_id FROM decisions WHERE shared_version > 0 AND merchant_id IS NOT NULL LIMIT 1"
+    ((ident, partition, offset),) = system.rows(
+        f'SELECT transaction_id, partition, "offset" FROM decisions WHERE transaction_id = ({ident})'
+    )
+    flip = "UPDATE decisions SET shared = set_byte(shared, 0, get_byte(shared, 0) # 1) WHERE transaction_id = %s"
+    with psycopg2.connect(system.postgres) as connection, connection.cursor() as cursor:
+        cursor.execute(flip, (ident,))
+    done = fraud(system.environment, "verify", "--model", system.model)
+    assert done.returncode == 1
+    assert f"features differs at partition {partition}, offset {offset}" in done.stderr
+    assert "verify: 2 mismatches" in done.stderr
+    with psycopg2.connect(system.postgres) as connection, connection.cursor() as cursor:
+        cursor.execute(flip, (ident,))
 
 
 def test_verify_names_the_first_difference(system: System) -> None:

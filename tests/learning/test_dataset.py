@@ -1,5 +1,7 @@
 """History against the oracle, and splits against their definition."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import msgspec
@@ -10,9 +12,11 @@ import pytest
 from fraud_nb.domain.money import MISSING_AMOUNT
 from fraud_nb.domain.schema import Label, Transaction
 from fraud_nb.features.catalogue import FEATURE_NAMES
+from fraud_nb.features.windows import EVENT
 from fraud_nb.learning import dataset
 from fraud_nb.learning.dataset import (
     History,
+    Labelled,
     TooLittleHistory,
     final_split,
     fold_history,
@@ -20,61 +24,89 @@ from fraud_nb.learning.dataset import (
     targets,
     thin_negatives,
 )
-from fraud_nb.learning.simulate import World, simulate, transactions
-from tests.parity.oracle import Oracle, bits, by_name
+from fraud_nb.learning.simulate import World, labelled, simulate
+from tests.parity.oracle import Bought, Oracle, TileOracle, bits, by_name
 
 DAY = 86_400_000
 Times = npt.NDArray[np.int64]
 
 
 @pytest.fixture(scope="module")
-def purchases() -> list[Transaction]:
-    return [purchase for chunk in simulate(World(customers=60, days=12)) for purchase in transactions(chunk)]
+def purchases() -> list[Labelled]:
+    return [each for chunk in simulate(World(customers=60, days=40, fraud_rate=0.03)) for each in labelled(chunk)]
 
 
 @pytest.fixture(scope="module")
-def history(purchases: list[Transaction]) -> History:
+def history(purchases: list[Labelled]) -> History:
     return fold_history(purchases)
 
 
-def test_history_equals_oracle(history: History, purchases: list[Transaction]) -> None:
-    assert history.transaction_ids == [purchase.transaction_id for purchase in purchases]
-    assert history.events["event_time"].tolist() == [purchase.event_time for purchase in purchases]
-    oracle, names = Oracle(), history.events.dtype.names
-    for customer, event, vector in zip(history.customers, history.events.tolist(), history.vectors, strict=True):
-        row = dict(zip(names, event, strict=True))
+def bought(transaction: Transaction, labels: Sequence[Label]) -> Bought:
+    """A purchase in euros as the oracle sees it."""
+    names = zip("md", (transaction.merchant_id, transaction.device_id), strict=True)
+    merchant, device = (None if name is None else f"{kind}:{name}" for kind, name in names)
+    claims = tuple((label.label_time, label.is_fraud) for label in labels)
+    return Bought(transaction.event_time, transaction.amount_minor, (merchant, device), claims)
+
+
+def test_history_equals_oracle(history: History, purchases: list[Labelled]) -> None:
+    assert history.transaction_ids == [purchase.transaction_id for purchase, _ in purchases]
+    assert history.customers == [purchase.customer_id for purchase, _ in purchases]
+    assert history.events["event_time"].tolist() == [purchase.event_time for purchase, _ in purchases]
+    oracle, shared, names = Oracle(), TileOracle(), EVENT.names or ()
+    for each, event, vector in zip(purchases, history.events.tolist(), history.vectors, strict=True):
+        customer, row, seen = each[0].customer_id, dict(zip(names, event, strict=True)), bought(*each)
         found = {name: bits(float(value)) for name, value in zip(FEATURE_NAMES, vector, strict=True)}
-        assert found == by_name(FEATURE_NAMES, oracle.features(customer, row))
+        assert found == by_name(FEATURE_NAMES, oracle.features(customer, row, shared.told(seen)))
         oracle.accept(customer, row)
+        shared.accept(seen)
+
+
+def test_history_knows_of_frauds(history: History) -> None:
+    """Enough of them that the oracle has something to compare."""
+    shared = [name for name in FEATURE_NAMES if name.startswith(("merchant_", "device_", "amount_to_merchant_"))]
+    above_zero = (history.vectors[:, [FEATURE_NAMES.index(name) for name in shared]] > 0).sum(axis=0)
+    assert len(shared) == 14 and above_zero.min() >= 20
+
+
+def test_labels_by_the_time_they_became_known(history: History, purchases: list[Labelled]) -> None:
+    """All of them, each once; of one moment in the order they came in."""
+    told = [label for _, labels in purchases for label in labels]
+    assert len(told) > 20
+    assert history.labels == sorted(told, key=lambda label: label.label_time)
+    twice = [
+        (purchase, [Label(purchase.transaction_id, flag, 5) for flag in (True, False)]) for purchase, _ in purchases[:9]
+    ]
+    assert [label.is_fraud for label in fold_history(twice).labels] == [True, False] * 9
 
 
 def test_chunks_make_no_difference(
-    history: History, purchases: list[Transaction], monkeypatch: pytest.MonkeyPatch
+    history: History, purchases: list[Labelled], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dataset, "CHUNK", 97)
     done: list[int] = []
     again = fold_history(iter(purchases), report=done.append)
     assert again.vectors.tobytes() == history.vectors.tobytes() and again.events.tobytes() == history.events.tobytes()
-    assert again.customers == history.customers
+    assert again.customers == history.customers and again.labels == history.labels
     assert done[-1] == len(purchases) and {after - before for before, after in pairwise(done[:-1])} == {97}
 
 
-def test_first_of_an_id_wins(history: History, purchases: list[Transaction], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_of_an_id_wins(history: History, purchases: list[Labelled], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset, "CHUNK", 97)  # twins fall into other chunks
-    twins = [msgspec.structs.replace(purchase, amount_minor=1) for purchase in purchases]
+    twins = [(msgspec.structs.replace(purchase, amount_minor=1), ()) for purchase, _ in purchases]
     again = fold_history([*purchases[:300], *twins[:300], *purchases[300:]])
-    assert again.transaction_ids == history.transaction_ids
+    assert again.transaction_ids == history.transaction_ids and again.labels == history.labels
     assert again.vectors.tobytes() == history.vectors.tobytes()
 
 
-def test_amount_without_a_rate_is_missing(purchases: list[Transaction]) -> None:
-    events = fold_history([msgspec.structs.replace(purchases[0], currency="SEK")]).events
+def test_amount_without_a_rate_is_missing(purchases: list[Labelled]) -> None:
+    events = fold_history([(msgspec.structs.replace(purchases[0][0], currency="SEK"), [])]).events
     assert events["amount"].tolist() == [MISSING_AMOUNT]
 
 
 def test_empty_history() -> None:
     empty = fold_history([])
-    assert empty.vectors.shape == (0, len(FEATURE_NAMES)) and len(empty.events) == 0
+    assert empty.vectors.shape == (0, len(FEATURE_NAMES)) and len(empty.events) == 0 and empty.labels == []
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +191,9 @@ def test_refuses_senseless_days(hours: Times, name: str, value: int) -> None:
 def test_targets_follow_rows_and_moment(history: History) -> None:
     rows = np.array([7, 2, 9])
     labels = [Label(history.transaction_ids[2], True, 100), Label(history.transaction_ids[9], True, 200)]
-    assert targets(history, labels, rows, 100).tolist() == [False, True, False]
-    assert targets(history, labels, rows, 200).tolist() == [False, True, True]
+    claimed = replace(history, labels=labels)
+    assert targets(claimed, rows, 100).tolist() == [False, True, False]
+    assert targets(claimed, rows, 200).tolist() == [False, True, True]
 
 
 def test_thinning_keeps_frauds_and_the_rate() -> None:

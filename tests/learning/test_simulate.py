@@ -10,9 +10,8 @@ import xgboost
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from fraud_nb.features.catalogue import FEATURE_NAMES
-from fraud_nb.features.fold import fold
-from fraud_nb.features.profile import Profiles
-from fraud_nb.features.windows import DAY_MS, EVENT
+from fraud_nb.features.windows import DAY_MS
+from fraud_nb.learning.dataset import fold_history
 from fraud_nb.learning.simulate import (
     CATEGORIES,
     FRIENDLY,
@@ -21,6 +20,7 @@ from fraud_nb.learning.simulate import (
     Drift,
     World,
     chunk_of,
+    labelled,
     labels,
     populate,
     simulate,
@@ -47,12 +47,7 @@ class History:
 def history() -> History:
     chunks = list(simulate(WORLD))
     rows, truth = (np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in ("rows", "truth"))
-    events = np.zeros(len(rows), EVENT)
-    events["event_time"], events["amount"] = rows["event_time"], rows["amount_minor"]
-    for name in ("merchant", "device", "category"):
-        events[name] = rows[name] + 1  # -1, no device, becomes NO_KEY
-    events["latitude"], events["longitude"] = rows["latitude_e6"], rows["longitude_e6"]
-    features = fold(Profiles(), [f"c{customer}" for customer in rows["customer"].tolist()], events)
+    features = fold_history(purchase for chunk in chunks for purchase in labelled(chunk)).vectors
     place = np.column_stack([rows["category"], rows["latitude_e6"], rows["longitude_e6"]])
     stateless = np.hstack([features[:, :3], place.astype(np.float32)])
     return History(rows, truth, (rows["event_time"] - WORLD.start_ms) // DAY_MS, features, stateless)

@@ -5,9 +5,11 @@ import statistics
 import struct
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 Row = dict[str, int]  # one event: field name -> integer
 Value = int | float
+Owners = tuple[str | None, str | None]  # a purchase's merchant and device
 
 # Written down afresh: importing them would let a wrong constant agree with itself.
 SECOND = 1_000
@@ -16,12 +18,17 @@ HOUR = 3_600_000
 DAY = 86_400_000
 REACH = 7_776_000_000  # ninety days
 KEPT = 1_024
+MOST = 1_000_000_000_000  # of an amount, in a tile
 NO_AMOUNT = -1
 NO_PLACE = -2_147_483_648
 ABSENT = 0  # merchant, device, category
 MEAN_RADIUS_M = 6_371_008.8
 COUNT_WINDOWS = {"1m": MINUTE, "10m": 10 * MINUTE, "1h": HOUR, "24h": DAY, "7d": 7 * DAY, "30d": 30 * DAY}
 NAN = float("nan")
+UNKNOWN = -1
+WINDOWED = ("count_1h", "count_24h", "count_30d", "count_60d", "amount_30d", "frauds_14d", "frauds_30d", "frauds_60d")
+READINGS = (*WINDOWED, "fraud_amount_60d", "fraud_hours", "first_fraud_hours")  # of one owner
+NOTHING_TOLD = (UNKNOWN,) * (2 * len(READINGS))
 
 
 class Oracle:
@@ -47,16 +54,19 @@ class Oracle:
         ]
         return [everything[sequence] for _, sequence in sorted(within)[-KEPT:]]
 
-    def features(self, customer: str, purchase: Row) -> dict[str, Value]:
-        """The vector of a purchase not yet accepted, by name."""
+    def features(self, customer: str, purchase: Row, told: Sequence[int] | None = None) -> dict[str, Value]:
+        """The vector of a purchase not yet accepted, by name; `told` is what its merchant and its device read."""
         past = [event for event in self.state(customer) if event["event_time"] <= purchase["event_time"]]
-        return dict(_features(purchase, past))
+        return dict(_features(purchase, past, NOTHING_TOLD if told is None else told))
 
 
-def _features(purchase: Row, past: Sequence[Row]) -> Iterator[tuple[str, Value]]:
+def _features(purchase: Row, past: Sequence[Row], told: Sequence[int]) -> Iterator[tuple[str, Value]]:
     """All families, in no particular order: columns are matched by name."""
     for family in (_novelty, _habit, _movement, _variety, _extremes, _velocity, _itself):
         yield from family(purchase, past)
+    merchant, device = told[: len(READINGS)], told[len(READINGS) :]
+    yield from _device(dict(zip(READINGS, device, strict=True)))
+    yield from _merchant(purchase, dict(zip(READINGS, merchant, strict=True)))
 
 
 def _within(purchase: Row, past: Sequence[Row], length: int) -> list[Row]:
@@ -150,6 +160,122 @@ def _novelty(purchase: Row, past: Sequence[Row]) -> Iterator[tuple[str, Value]]:
     for name in ("merchant", "device", "category"):
         same = [event for event in past if event[name] == purchase[name]]
         yield f"same_{name}_count", NAN if purchase[name] == ABSENT else len(same)
+
+
+def _merchant(purchase: Row, told: Row) -> Iterator[tuple[str, Value]]:
+    known, claimed = told["count_30d"] != UNKNOWN, told["frauds_60d"] > 0
+    for name in ("count_1h", "count_24h", "count_30d", "frauds_14d", "frauds_30d"):
+        yield f"merchant_{name}", told[name] if known else NAN
+    compared = known and purchase["amount"] != NO_AMOUNT and told["amount_30d"] != 0
+    scaled = float(purchase["amount"]) * float(told["count_30d"])  # in integers it may be too large
+    yield "amount_to_merchant_mean", scaled / float(told["amount_30d"]) if compared else NAN
+    yield "merchant_fraud_share", _ratio(told["frauds_60d"], max(told["count_60d"], 1)) if known else NAN
+    yield "merchant_fraud_mean", _ratio(told["fraud_amount_60d"], told["frauds_60d"]) if known and claimed else NAN
+    for name in ("fraud_hours", "first_fraud_hours"):
+        yield f"merchant_{name}", told[name] if known and claimed else NAN
+
+
+def _device(told: Row) -> Iterator[tuple[str, Value]]:
+    for name in ("count_1h", "count_24h", "count_30d", "frauds_60d"):
+        yield f"device_{name}", told[name] if told["count_30d"] != UNKNOWN else NAN
+
+
+def _ratio(part: int, whole: int) -> float:
+    """Rounded to float64 before the division as well; Python's own would round once."""
+    return float(part) / float(whole)
+
+
+class Bought(NamedTuple):
+    """A purchase as its merchant and its device see it."""
+
+    time: int
+    amount: int
+    owners: Owners
+    claims: tuple[tuple[int, bool], ...] = ()  # label time and "it is fraud", in the order they came in
+
+
+Seen = tuple[int, int, bool]  # of one purchase: time, amount, whether the claim that it is fraud stands
+
+
+def is_claimed(claims: Sequence[tuple[int, bool]]) -> bool:
+    """The newest label decides; of several with one time, the one that came in last."""
+    return max((at, order, is_fraud) for order, (at, is_fraud) in enumerate(claims))[2] if claims else False
+
+
+def tiles(seen: Sequence[Seen]) -> list[Row]:
+    """What is kept of an owner's purchases, oldest first."""
+    newest = _floor(max((time for time, _, _ in seen), default=0), HOUR)
+    parts: dict[int, list[Seen]] = {}
+    for one in seen:
+        hour, day = _floor(one[0], HOUR), _floor(one[0], DAY)
+        if hour >= newest - DAY:
+            parts.setdefault(hour, []).append(one)
+        elif day >= _floor(newest, DAY) - 60 * DAY:
+            parts.setdefault(day, []).append(one)
+    return [_tile(begin, parts[begin]) for begin in sorted(parts)]
+
+
+def _floor(time: int, unit: int) -> int:
+    """Where its second, hour or day (UTC) begins."""
+    return time // unit * unit
+
+
+def _tile(begin: int, part: Sequence[Seen]) -> Row:
+    """The sums of an hour or a day."""
+    known = [(min(amount, MOST) if amount != NO_AMOUNT else 0, is_fraud) for _, amount, is_fraud in part]
+    frauds = [amount for amount, is_fraud in known if is_fraud]
+    sums = {"amount": sum(amount for amount, _ in known), "fraud_amount": sum(frauds)}
+    return {"event_time": begin, **sums, "count": len(part), "frauds": len(frauds)}
+
+
+def readings(seen: Sequence[Seen], time: int) -> list[int]:
+    """What an owner's tiles say to a purchase at this time."""
+    kept = tiles(seen)
+    if not kept:
+        return [0] * (len(READINGS) - 2) + [UNKNOWN, UNKNOWN]
+    hour = _floor(max(time, *(each for each, _, _ in seen)), HOUR)
+    today = _floor(hour, DAY)
+    since = {"1h": hour - HOUR, "24h": hour - DAY, "14d": today - 14 * DAY}
+    since |= {"30d": today - 30 * DAY, "60d": today - 60 * DAY}
+    found = []
+    for name in READINGS[:-2]:
+        field, window = name.rsplit("_", 1)
+        found.append(sum(tile[field] for tile in kept if tile["event_time"] >= since[window]))
+    claimed = [tile["event_time"] for tile in kept if tile["event_time"] >= since["60d"] and tile["frauds"] > 0]
+    ages = [(hour - begin) // HOUR for begin in claimed]
+    return [*found, min(ages, default=UNKNOWN), max(ages, default=UNKNOWN)]
+
+
+class TileOracle:
+    """Every accepted purchase with all labels it will ever have, by owner; nothing is added up beforehand."""
+
+    def __init__(self) -> None:
+        self.clock = 0
+        self.bought: dict[str, list[tuple[int, Bought]]] = {}  # with the clock at which each was accepted
+
+    def accept(self, bought: Bought) -> None:
+        """Learn."""
+        self.clock = max(self.clock, bought.time)
+        for owner in bought.owners:
+            if owner is not None:
+                self.bought.setdefault(owner, []).append((self.clock, bought))
+
+    def told(self, bought: Bought) -> list[int]:
+        """What a purchase not yet accepted reads: whole seconds that were over when it came."""
+        until = _floor(max(self.clock, bought.time), SECOND) - 1
+        unknown = [UNKNOWN] * len(READINGS)
+        merchant, device = (
+            unknown if owner is None else readings(self.known(owner, until), bought.time) for owner in bought.owners
+        )
+        return merchant + device
+
+    def known(self, owner: str, until: int) -> list[Seen]:
+        """An owner's purchases accepted by a moment, with the claims that stood then."""
+        return [
+            (each.time, each.amount, is_claimed([claim for claim in each.claims if max(claim[0], clock) <= until]))
+            for clock, each in self.bought.get(owner, [])
+            if clock <= until
+        ]
 
 
 def bits(value: Value) -> bytes:

@@ -1,5 +1,6 @@
 """The compiled fold against the slow oracle, bit for bit."""
 
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from fraud_nb.features.catalogue import FEATURE_NAMES
 from fraud_nb.features.fold import fold
 from fraud_nb.features.profile import Profiles
+from fraud_nb.features.tiles import KINDS, READINGS, UNKNOWN, WIDTH
 from fraud_nb.features.windows import EVENT, Events
 from tests.parity.oracle import (
     ABSENT,
@@ -23,6 +25,7 @@ from tests.parity.oracle import (
     MINUTE,
     NO_AMOUNT,
     NO_PLACE,
+    NOTHING_TOLD,
     REACH,
     Oracle,
     Row,
@@ -30,12 +33,15 @@ from tests.parity.oracle import (
     by_name,
     metres,
 )
+from tests.parity.oracle import READINGS as ORACLE_READINGS
 
 Stream = list[tuple[str, Row]]  # customer and event, in order of acceptance
 Vectors = npt.NDArray[np.float32]
 BASE = 1_767_268_800_000  # noon, 2026-01-01
 EDGES = [*COUNT_WINDOWS.values(), REACH]
 FIELDS = EVENT.names or ()
+COUNT_30D = ORACLE_READINGS.index("count_30d")  # of the merchant, whose readings come first
+MAX_INT64 = 2**63 - 1
 BUSY: Row = {"event_time": 0, "amount": 100, "merchant": 1, "device": 1, "category": 1, "latitude": 0, "longitude": 0}
 THOROUGH = settings(
     max_examples=250,
@@ -71,6 +77,15 @@ places = st.one_of(
 )
 # Which earlier event the step counts from: windows must be hit exactly between any two events, not only neighbours.
 entries = st.tuples(st.sampled_from("abc"), st.integers(0, 59), steps, amounts, keys, keys, keys, places)
+# What merchants and devices read need not fit together here: a family must look at what it says it looks at.
+wholes = st.one_of(st.sampled_from([0, 1, 2, 2**24 + 1, 2**53 + 1, 10**15]), st.integers(0, 50), st.integers(0, 10**15))
+ages = st.one_of(st.just(UNKNOWN), st.integers(0, 61 * 24))
+unknowns = st.just([UNKNOWN] * len(READINGS))
+known = st.builds(
+    lambda sums, hours: [*sums, *hours],
+    *(st.lists(drawn, min_size=n, max_size=n) for drawn, n in ((wholes, 9), (ages, 2))),
+)
+told_rows = st.builds(lambda merchant, device: [*merchant, *device], *[st.one_of(known, known, unknowns)] * 2)
 
 
 def to_stream(drawn: Sequence[tuple[str, int, int, int, int, int, int, tuple[int, int]]]) -> Stream:
@@ -106,9 +121,11 @@ def dumps(profiles: Profiles) -> dict[str, bytes]:
     return {customer: profiles.dump(customer) for customer in "abc"}
 
 
-def check_vector(oracle: Oracle, customer: str, event: Row, vector: npt.NDArray[np.float32]) -> None:
+def check_vector(
+    oracle: Oracle, customer: str, event: Row, vector: npt.NDArray[np.float32], told: Sequence[int] | None = None
+) -> None:
     """Equal bits, column by column."""
-    expected = by_name(FEATURE_NAMES, oracle.features(customer, event))
+    expected = by_name(FEATURE_NAMES, oracle.features(customer, event, told))
     found = {name: bits(float(value)) for name, value in zip(FEATURE_NAMES, vector, strict=True)}
     assert found == expected
 
@@ -123,12 +140,58 @@ def test_fold_equals_oracle(stream: Stream) -> None:
         check_vector(oracle, customer, event, vector)
         oracle.accept(customer, event)
     for customer in "abc":
-        assert rows_of(profiles.events(customer)) == oracle.state(customer)
+        assert rows_of(profiles.rows(customer)) == oracle.state(customer)
+
+
+def to_told(drawn: tuple[Stream, list[list[int]]]) -> tuple[Stream, list[list[int]]]:
+    """A row of readings for each event; an amount times a count is an int64."""
+    stream, rows = drawn
+    told = [list(row) for row, _ in zip(itertools.cycle(rows), stream, strict=False)]
+    for (_, event), row in zip(stream, told, strict=True):
+        row[COUNT_30D] = min(row[COUNT_30D], MAX_INT64 // max(event["amount"], 1))
+    return stream, told
+
+
+@THOROUGH
+@given(st.tuples(streams, st.lists(told_rows, min_size=1, max_size=12)).map(to_told))
+def test_fold_equals_oracle_with_what_it_is_told(drawn: tuple[Stream, list[list[int]]]) -> None:
+    stream, told = drawn
+    oracle = Oracle()
+    vectors = fold(Profiles(arena_events=8), customers_of(stream), events_of(stream), np.array(told, np.int64))
+    for (customer, event), vector, row in zip(stream, vectors, told, strict=True):
+        check_vector(oracle, customer, event, vector, row)
+        oracle.accept(customer, event)
+
+
+def test_told_nothing_is_told_unknown() -> None:
+    stream = busy_stream(1, 50)
+    unknown = np.full((50, WIDTH), UNKNOWN, np.int64)
+    told = fold(Profiles(), customers_of(stream), events_of(stream), unknown)
+    assert told.tobytes() == run(Profiles(), stream).tobytes()
+
+
+def test_amount_to_merchant_mean_is_rounded_late() -> None:
+    # 31 * 42,213,639 / 39 is a tie of float32, which goes up; 31 / 39, rounded before it is multiplied, is below it.
+    told = np.zeros((1, WIDTH), np.int64)
+    told[0, [COUNT_30D, ORACLE_READINGS.index("amount_30d")]] = 42_213_639, 39
+    vector = fold(Profiles(), ["a"], events_of([("a", {**BUSY, "amount": 31})]), told)[0]
+    assert vector[FEATURE_NAMES.index("amount_to_merchant_mean")] == 2**25
+
+
+def test_an_absurd_amount_at_a_busy_shop_does_not_wrap() -> None:
+    told = np.zeros((1, WIDTH), np.int64)
+    told[0, [COUNT_30D, ORACLE_READINGS.index("amount_30d")]] = 10_000, 50_000_000
+    vector = fold(Profiles(), ["a"], events_of([("a", {**BUSY, "amount": 10**15})]), told)[0]
+    assert vector[FEATURE_NAMES.index("amount_to_merchant_mean")] == np.float32(2e11)
 
 
 def test_oracle_names_every_feature() -> None:
     event = dict.fromkeys(FIELDS, 0)
     assert set(Oracle().features("a", event)) == set(FEATURE_NAMES)
+
+
+def test_oracle_reads_in_the_same_order() -> None:
+    assert READINGS == ORACLE_READINGS and len(NOTHING_TOLD) == WIDTH == len(KINDS) * len(READINGS)
 
 
 @pytest.mark.parametrize("label", COUNT_WINDOWS)
@@ -146,7 +209,7 @@ def test_horizon_edge(distance: int, kept: int, late: bool) -> None:
     times = [BASE + distance, BASE] if late else [BASE, BASE + distance]
     profiles = Profiles()
     run(profiles, [("a", dict.fromkeys(FIELDS, 0) | {"event_time": time}) for time in times])
-    assert len(profiles.events("a")) == kept
+    assert len(profiles.rows("a")) == kept
 
 
 def busy_stream(seed: int, count: int) -> Stream:
@@ -173,7 +236,7 @@ def test_cap_of_events(seed: int) -> None:
             check_vector(oracle, customer, event, vectors[index])
         oracle.accept(customer, event)
     assert len(oracle.state("a")) == KEPT
-    assert rows_of(profiles.events("a")) == oracle.state("a")
+    assert rows_of(profiles.rows("a")) == oracle.state("a")
 
 
 def test_older_than_everything_kept_is_judged_and_let_go() -> None:
@@ -184,7 +247,7 @@ def test_older_than_everything_kept_is_judged_and_let_go() -> None:
     run(profiles, [("a", dict.fromkeys(FIELDS, 0) | {"event_time": BASE - 1})])
     assert profiles.dump("a") == before
     run(profiles, [("a", dict.fromkeys(FIELDS, 0) | {"event_time": BASE, "amount": 7})])  # ties with the oldest
-    oldest = profiles.events("a")[0]
+    oldest = profiles.rows("a")[0]
     assert (int(oldest["event_time"]), int(oldest["amount"])) == (BASE, 7)
 
 
@@ -200,7 +263,7 @@ def test_full_profile_leaves_its_neighbour_alone() -> None:
         for customer, event in stream:
             oracle.accept(customer, event)
         for customer in "ab":
-            assert rows_of(profiles.events(customer)) == oracle.state(customer)
+            assert rows_of(profiles.rows(customer)) == oracle.state(customer)
 
 
 def test_largest_sum_is_rounded_once() -> None:
@@ -261,7 +324,7 @@ def test_many_customers_in_a_tiny_arena() -> None:
     for customer, event in stream:
         oracle.accept(customer, event)
     for name in names:
-        assert rows_of(tiny.events(name)) == oracle.state(name)
+        assert rows_of(tiny.rows(name)) == oracle.state(name)
 
 
 @settings(THOROUGH, max_examples=100)

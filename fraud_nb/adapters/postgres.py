@@ -663,26 +663,38 @@ class VersionReader(Session):
                 start = rows[-1][0] + 1 if len(rows) == page else stop
 
 # %% ../../nbs/43_postgres.ipynb #5d1e0007
+# Rows are found by partition and offset, labels by transaction, one after the other: a look costs what is new, however
+# much there is. OFFSET 0 keeps the planner from turning that into a join that reads everything.
 _CLOSE = """
+    WITH look AS MATERIALIZED (
+        SELECT array_agg(next_offset ORDER BY partition) AS ends, max(newest) AS newest
+        FROM progress CROSS JOIN LATERAL (
+            SELECT max(event_time) AS newest FROM decisions row WHERE row.partition = progress.partition
+            AND row."offset" >= (%(progress)s)[progress.partition + 1] AND row."offset" < next_offset) AS new_rows)
     INSERT INTO shared_versions (version, progress, label_seq, clock)
-    SELECT %(version)s, ends, seq, greatest(%(clock)s, newest) FROM (SELECT
-        (SELECT array_agg(next_offset ORDER BY partition) FROM progress) AS ends,
-        (SELECT next_seq - 1 FROM label_progress) AS seq,
-        (SELECT max(event_time) FROM progress JOIN decisions USING (partition)
-            WHERE "offset" >= (%(progress)s)[partition + 1] AND "offset" < next_offset) AS newest) AS look
-    WHERE greatest(%(clock)s, newest) >= 0 AND (ends, seq) IS DISTINCT FROM (%(progress)s::bigint[], %(label_seq)s)
+    SELECT %(version)s, ends, next_seq - 1, greatest(%(clock)s, newest) FROM look, label_progress
+    WHERE greatest(%(clock)s, newest) >= 0
+        AND (ends, next_seq - 1) IS DISTINCT FROM (%(progress)s::bigint[], %(label_seq)s)
     RETURNING version, progress, label_seq, clock
 """
 _LABELS_BETWEEN = """
     WITH moved AS MATERIALIZED (
         SELECT transaction_id FROM labels WHERE label_seq > %(was_seq)s AND label_seq <= %(seq)s
         UNION SELECT transaction_id FROM labels WHERE label_time > %(was_clock)s AND label_time <= %(clock)s
-        UNION SELECT transaction_id FROM labels JOIN decisions row USING (transaction_id)
-            WHERE row."offset" >= (%(was)s)[partition + 1] AND row."offset" < (%(ends)s)[partition + 1])
-    SELECT transaction_id, merchant_id, device_id, event_time, amount_base, is_fraud, label_time, source,
-        label_seq <= %(was_seq)s AND label_time <= %(was_clock)s AND row."offset" < (%(was)s)[partition + 1]
-    FROM moved JOIN labels USING (transaction_id) JOIN decisions row USING (transaction_id)
-    WHERE label_seq <= %(seq)s AND label_time <= %(clock)s AND row."offset" < (%(ends)s)[partition + 1]
+        UNION SELECT new_rows.transaction_id
+            FROM unnest((%(was)s)::bigint[], (%(ends)s)::bigint[]) WITH ORDINALITY AS part (start, stop, place)
+            CROSS JOIN LATERAL (
+                SELECT transaction_id FROM decisions WHERE partition = place - 1
+                AND "offset" >= start AND "offset" < stop OFFSET 0) AS new_rows
+            CROSS JOIN LATERAL (
+                SELECT FROM labels WHERE labels.transaction_id = new_rows.transaction_id LIMIT 1) AS has_labels)
+    SELECT known.* FROM moved CROSS JOIN LATERAL (
+        SELECT transaction_id, merchant_id, device_id, event_time, amount_base, is_fraud, label_time, source,
+            label_seq <= %(was_seq)s AND label_time <= %(was_clock)s AND row."offset" < (%(was)s)[partition + 1],
+            label_seq
+        FROM labels JOIN decisions row USING (transaction_id)
+        WHERE labels.transaction_id = moved.transaction_id AND label_seq <= %(seq)s AND label_time <= %(clock)s
+            AND row."offset" < (%(ends)s)[partition + 1] OFFSET 0) AS known
     ORDER BY label_seq
 """
 
@@ -713,7 +725,7 @@ class VersionLog(VersionReader):
         with self._transaction() as cursor:
             cursor.execute("SET LOCAL statement_timeout = 0")
             cursor.execute(_LABELS_BETWEEN, bounds)
-            for ident, merchant, device, paid, amount, is_fraud, known, source, was_within in cursor.fetchall():
+            for ident, merchant, device, paid, amount, is_fraud, known, source, was_within, _ in cursor.fetchall():
                 _, labels = found.setdefault(ident, (SharedRow(merchant, device, paid, amount), []))
                 labels.append((int(not was_within), Label(ident, is_fraud, known, source)))
         return list(found.values())

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TILE', 'TileRows', 'CHANGE', 'Changes', 'NEWEST_HOURS_MS', 'DAYS_KEPT_MS', 'READINGS', 'COUNT_1H', 'COUNT_24H',
            'COUNT_30D', 'COUNT_60D', 'AMOUNT_30D', 'FRAUDS_14D', 'FRAUDS_30D', 'FRAUDS_60D', 'FRAUD_AMOUNT_60D',
-           'FRAUD_HOURS', 'FIRST_FRAUD_HOURS', 'UNKNOWN', 'KINDS', 'WIDTH', 'Readings', 'Owners', 'MOST_OF_AN_AMOUNT',
-           'settle', 'apply', 'apply_all', 'read_tiles', 'read_row', 'tell', 'owners_of', 'owner_names', 'Tiles',
-           'changes_of', 'in_order', 'claim_steps']
+           'FRAUD_HOURS', 'FIRST_FRAUD_HOURS', 'UNKNOWN', 'KINDS', 'WIDTH', 'Readings', 'Owners', 'LARGEST_BLOCK',
+           'MOST_OF_AN_AMOUNT', 'settle', 'apply', 'apply_all', 'read_tiles', 'read_row', 'tell', 'owners_of',
+           'owner_names', 'Tiles', 'changes_of', 'in_order', 'claim_steps']
 
 # %% ../../nbs/12_tiles.ipynb #5a1e0003
 from collections.abc import Iterable, Sequence
@@ -237,6 +237,9 @@ def owner_names(
     return sorted({name for row in owners for name in row if name is not None})
 
 # %% ../../nbs/12_tiles.ipynb #5a1e0032
+LARGEST_BLOCK = 128  # tiles; an owner has at most 86: 25 hours and 61 days
+
+
 class Tiles(Arena):
     """The tiles of many owners."""
 
@@ -245,6 +248,17 @@ class Tiles(Arena):
         rows: int = 1 << 14,  # tiles, room to begin with
     ) -> None:
         super().__init__(TILE, rows)
+
+    @classmethod
+    def holding(
+        cls,
+        owners: Sequence[str],  # n, each once
+        stored: Sequence[bytes | None],  # n, from `dump`; None: it has no tiles yet
+    ) -> "Tiles":
+        """The tiles of these owners, with room for as many as they can have."""
+        tiles = cls(rows=LARGEST_BLOCK * len(owners))
+        tiles.load(owners, stored)
+        return tiles
 
     def slots_of(
         self,

@@ -48,10 +48,7 @@ def told_now(
     watermark, stored = store.load(SHARED, names)
     if watermark is None or watermark <= 0:
         return 0, np.full((len(transactions), WIDTH), UNKNOWN, np.int64)
-    tiles = Tiles()
-    for name, rows in zip(names, stored, strict=True):
-        if rows is not None:
-            tiles.load(name, rows)
+    tiles = Tiles.holding(names, stored)
     return watermark, tiles.read(tiles.slots_of(owners), np.array([each.event_time for each in transactions], np.int64))
 
 # %% ../../nbs/50_sharing.ipynb #5f1e0008
@@ -96,10 +93,7 @@ def add(
     watermark, stored = store.load(SHARED, names)
     if watermark != expected:
         raise Fenced("shared tiles: somebody else moves them")
-    tiles = Tiles()
-    for name, mine in zip(names, stored, strict=True):
-        if mine is not None:
-            tiles.load(name, mine)
+    tiles = Tiles.holding(names, stored)
     tiles.apply(changes_between(tiles, rows, labelled))
     store.save({SHARED: (expected, new)}, {(SHARED, name): tiles.dump(name) for name in names})
 

@@ -310,10 +310,8 @@ def recall(
         found, profiles_found = store.load(partition, missing)
         if found != watermark:
             raise Fenced(f"the watermark of partition {partition} is not the expected one")
-        for customer, profile in zip(missing, profiles_found, strict=True):
-            profiles.slots([customer])
-            if profile is not None:
-                profiles.load(customer, profile)
+        profiles.slots(missing)
+        profiles.load(missing, profiles_found)
 
 
 def events_of_rows(

@@ -52,7 +52,7 @@ def test_counts_what_the_log_has(private_servers: Running) -> None:  # noqa: F81
     wanted = ("tx_per_s", "naive_tx_per_s", "ratio", "p50_ms_at_1000", "p99_ms_at_1000", "tx_per_s_at_1000", "cpu_us")
     memory = ("worker_rss_mib", "state_rss_mib", "state_added_mib", "worker_full_rss_mib")
     assert [name for name in (*wanted, *memory) if not told[name] > 0] == []
-    assert set(told["stage_us"]) == {"decode", "known", "recall", "fold", "judge", "commit", "save", "publish"}
+    assert set(told["stage_us"]) == {"decode", "known", "recall", "share", "fold", "judge", "commit", "save", "publish"}
     assert sum(told["stage_us"].values()) > 0
     assert told["p50_ms_at_1000"] <= told["p99_ms_at_1000"]
     assert len(rows) == 5 + len(told["stage_us"]) + 4 + 3

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fraud_nb.features.catalogue import FEATURE_NAMES
 from fraud_nb.features.fold import fold
-from fraud_nb.features.profile import Profiles
+from fraud_nb.features.profile import CAPACITY, Profiles
 from fraud_nb.features.tiles import KINDS, READINGS, UNKNOWN, WIDTH
 from fraud_nb.features.windows import EVENT, Events
 from tests.parity.oracle import (
@@ -294,7 +294,7 @@ def test_dump_and_load_in_the_middle(stream: Stream, cut: int) -> None:
     expected = run(whole, stream)
     first = run(before, stream[:cut])
     for customer in reversed("abc"):
-        after.load(customer, before.dump(customer))
+        after.load([customer], [before.dump(customer)])
     assert dumps(after) == dumps(before)
     second = run(after, stream[cut:])
     assert first.tobytes() + second.tobytes() == expected.tobytes()
@@ -325,6 +325,21 @@ def test_many_customers_in_a_tiny_arena() -> None:
         oracle.accept(customer, event)
     for name in names:
         assert rows_of(tiny.rows(name)) == oracle.state(name)
+
+
+def test_customers_who_grow_side_by_side_leave_little_behind() -> None:
+    # Blocks of one size are outgrown by all at about the same time, and nobody takes them: the others move together.
+    chance, names = random.Random(3), [f"customer {index}" for index in range(300)]
+    profiles, oracle = Profiles(arena_events=8), Oracle()
+    for day in range(70):
+        sold = [name for name in names if chance.random() < 0.9]
+        stream = [(name, BUSY | {"event_time": BASE + day * DAY, "amount": chance.randrange(10**6)}) for name in sold]
+        profiles.learn(customers_of(stream), events_of(stream))
+        for customer, event in stream:
+            oracle.accept(customer, event)
+        if day % 10 == 9:
+            assert all(rows_of(profiles.rows(name)) == oracle.state(name) for name in names)
+    assert len(profiles.arena) < 1.5 * profiles.blocks[:, CAPACITY].sum()
 
 
 @settings(THOROUGH, max_examples=100)

@@ -158,7 +158,7 @@ def test_tiles_equal_oracle_in_any_order(
         parts.apply(compiled(parts, shuffled[start:stop]))
         moved = Tiles(rows=8)  # dumped and loaded in the middle
         for owner in chance.sample(OWNERS, len(OWNERS)):
-            moved.load(owner, parts.dump(owner))
+            moved.load([owner], [parts.dump(owner)])
         parts = moved
     assert [parts.dump(owner) for owner in OWNERS] == [whole.dump(owner) for owner in OWNERS]
 

@@ -22,9 +22,9 @@ from kafka import errors as kafka_errors
 from kafka.producer.producer_batch import ProducerBatch
 from kafka.record.memory_records import MemoryRecordsBuilder
 from kafka.structs import ConsumerGroupMetadata, OffsetAndMetadata
-from numba import njit
 
 from .ports import BusUnavailable, Fenced, OffsetGap, Outgoing, Record
+from ..domain.geo import compiled
 
 # %% ../../nbs/44_kafka_bus.ipynb #1786a656
 TRANSACTIONS, LABELS, PREDICTIONS, DEAD_LETTERS = "transactions", "labels", "predictions", "dead-letters"
@@ -131,7 +131,7 @@ def _murmur2(
     return chosen
 
 
-_compiled_murmur2 = njit(cache=True)(_murmur2)
+_compiled_murmur2 = compiled(_murmur2)
 
 # %% ../../nbs/44_kafka_bus.ipynb #da957996
 def murmur2_partitions(

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['DECISION_LOG', 'HISTORY_LABELS_MODELS', 'SHARED_VERSIONS', 'MIGRATIONS', 'ROLES', 'GRANTS', 'COLUMNS', 'SeenLabels',
            'SchemaMismatch', 'migrate', 'Judgement', 'Logged', 'DeadLetter', 'Repeat', 'SharedVersion', 'Tally',
-           'Claim', 'Batch', 'AlreadyDecided', 'copy_line', 'Session', 'LogReader', 'LogOverview', 'PostgresLog',
-           'AlreadyLive', 'HistoryLoader', 'LabelBatch', 'LabelLog', 'SharedRow', 'nothing_yet', 'VersionReader',
-           'VersionLog']
+           'Claim', 'Batch', 'AlreadyDecided', 'copy_line', 'Session', 'LogRows', 'LogReader', 'LogOverview',
+           'PostgresLog', 'AlreadyLive', 'HistoryLoader', 'LabelBatch', 'LabelLog', 'SharedRow', 'nothing_yet',
+           'VersionReader', 'VersionLog']
 
 # %% ../../nbs/43_postgres.ipynb #03712677
 import io
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -343,8 +344,8 @@ class Session:
         self._connection.close()
 
 # %% ../../nbs/43_postgres.ipynb #968cd47b
-class LogReader(Session):
-    """The decision log for those who look."""
+class LogRows(Session):
+    """The rows of the decision log, in order."""
 
     def read(
         self,
@@ -366,13 +367,6 @@ class LogReader(Session):
                 yield rows
             start = rows[-1].offset + 1 if len(rows) == page else stop
 
-    def labels(self) -> list[Label]:
-        """Every label, in the order in which they came in."""
-        with self._transaction() as cursor:
-            cursor.execute("SET LOCAL statement_timeout = 0")
-            cursor.execute("SELECT transaction_id, is_fraud, label_time, source FROM labels ORDER BY label_seq")
-            return [Label(*row) for row in cursor.fetchall()]
-
     def read_dead_letters(self, partition: int, start: int, stop: int) -> list[tuple[int, str, str]]:
         """Offset, field and reason of the records that were no transactions, in order."""
         with self._transaction() as cursor:
@@ -389,18 +383,37 @@ class LogReader(Session):
             cursor.execute('SELECT least(0, min("offset")) FROM decisions WHERE partition = %s', (partition,))
             return int(cursor.fetchone()[0])
 
+    def progress(self) -> dict[int, int]:
+        """The next offset of every partition."""
+        with self._transaction() as cursor:
+            cursor.execute("SELECT partition, next_offset FROM progress")
+            return dict(cursor.fetchall())
+
+# %% ../../nbs/43_postgres.ipynb #5d1e0009
+class LogReader(LogRows):
+    """The decision log for those who look: its rows, and what gives them meaning."""
+
+    def labels(self) -> list[Label]:
+        """Every label, in the order in which they came in."""
+        with self._transaction() as cursor:
+            cursor.execute("SET LOCAL statement_timeout = 0")
+            cursor.execute("SELECT transaction_id, is_fraud, label_time, source FROM labels ORDER BY label_seq")
+            return [Label(*row) for row in cursor.fetchall()]
+
+    def feature_sets(self) -> dict[str, list[tuple[str, str]]]:
+        """For each set a vector was ever made by: its features in order, with their fingerprints."""
+        with self._transaction() as cursor:
+            cursor.execute("SELECT feature_set, features FROM feature_sets")
+            return {
+                name: [(feature, hash_) for feature, hash_ in json.loads(table)] for name, table in cursor.fetchall()
+            }
+
     def shared_versions(self) -> list[SharedVersion]:
         """Every shared version, in order."""
         with self._transaction() as cursor:
             cursor.execute("SET LOCAL statement_timeout = 0")
             cursor.execute("SELECT version, progress, label_seq, clock FROM shared_versions ORDER BY version")
             return [SharedVersion(version, tuple(ends), *rest) for version, ends, *rest in cursor.fetchall()]
-
-    def progress(self) -> dict[int, int]:
-        """The next offset of every partition."""
-        with self._transaction() as cursor:
-            cursor.execute("SELECT partition, next_offset FROM progress")
-            return dict(cursor.fetchall())
 
 # %% ../../nbs/43_postgres.ipynb #29be33ac
 class LogOverview(LogReader):
@@ -698,7 +711,7 @@ _LABELS_BETWEEN = """
     ORDER BY label_seq
 """
 
-
+# %% ../../nbs/43_postgres.ipynb #5d1e0008
 class VersionLog(VersionReader):
     """The shared versions, for the one who closes them."""
 

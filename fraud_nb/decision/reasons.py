@@ -234,8 +234,9 @@ def _shared_phrases() -> Iterator[tuple[str, Phrase]]:
         Phrase("{} of the shop's purchases are known fraud", "the shop's frauds: not known", show_share, none),
     )
     yield "merchant_fraud_mean", Phrase("known frauds at this shop cost {} on average", none, show_money)
-    yield "merchant_fraud_hours", Phrase("the latest known fraud at this shop is {} old", none, show_hours)
-    yield "merchant_first_fraud_hours", Phrase("the first known fraud at this shop is {} old", none, show_hours)
+    for name, which in (("merchant_fraud_hours", "latest"), ("merchant_first_fraud_hours", "first")):
+        told = f"the {which} known fraud at this shop is"
+        yield name, Phrase(f"{told} {{}} old", none, show_hours, f"{told} less than an hour old")
 
 # %% ../../nbs/22_reasons.ipynb #15f96200
 PHRASES: Mapping[str, Phrase] = dict([*_window_phrases(), *_purchase_phrases(), *_habit_phrases(), *_shared_phrases()])

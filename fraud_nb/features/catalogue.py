@@ -20,10 +20,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 from numba.core.dispatcher import Dispatcher
 
-from ..domain.geo import MISSING_PLACE, distance_m, speed_kmh
+from ..domain.geo import MISSING_PLACE, compiled, distance_m, speed_kmh
 from ..domain.money import MISSING_AMOUNT
 from fraud_nb.features.tiles import (
     AMOUNT_30D,
@@ -77,7 +76,7 @@ class Family:
     reads: tuple[Dispatcher, ...] = ()  # compiled, what made the integers it is told; part of the definition
 
 # %% ../../nbs/13_catalogue.ipynb #c375398a
-@njit(cache=True)
+@compiled
 def fill_purchase(purchase: np.void, past: Events, out: Vector) -> None:
     """Amount and clock."""
     out[0] = purchase["amount"] if purchase["amount"] != MISSING_AMOUNT else np.nan
@@ -110,7 +109,7 @@ WINDOW_MS = np.array([length for _, length in WINDOWS], np.int64)
 WINDOW_COUNT = len(WINDOWS)
 
 
-@njit(cache=True)
+@compiled
 def fill_velocity(purchase: np.void, past: Events, out: Vector) -> None:
     """Counts, then sums, window by window."""
     for window in range(WINDOW_COUNT):
@@ -132,7 +131,7 @@ EXTREME_WINDOWS = (("24h", DAY_MS), ("30d", 30 * DAY_MS))
 VARIETY_WINDOWS = (("24h", DAY_MS), ("7d", 7 * DAY_MS))
 
 
-@njit(cache=True)
+@compiled
 def fill_extremes(purchase: np.void, past: Events, out: Vector) -> None:
     """Largest amounts; missing where no amount is known."""
     for column, window in enumerate((DAY_MS, 30 * DAY_MS)):
@@ -140,7 +139,7 @@ def fill_extremes(purchase: np.void, past: Events, out: Vector) -> None:
         out[column] = largest if largest != MISSING_AMOUNT else np.nan
 
 
-@njit(cache=True)
+@compiled
 def fill_variety(purchase: np.void, past: Events, out: Vector) -> None:
     """Distinct shops, then distinct devices."""
     for column, window in enumerate((DAY_MS, 7 * DAY_MS)):
@@ -167,7 +166,7 @@ VARIETY = Family(
 )
 
 # %% ../../nbs/13_catalogue.ipynb #003ba545
-@njit(cache=True)
+@compiled
 def fill_movement(purchase: np.void, past: Events, out: Vector) -> None:
     """Time and distance from the last purchase, and distance from the usual place."""
     out[:] = np.nan
@@ -201,7 +200,7 @@ MIN_HABIT = 3  # known amounts
 OUTLIER_RATIO = 3  # times the median
 
 
-@njit(cache=True)
+@compiled
 def fill_habit(purchase: np.void, past: Events, out: Vector) -> None:
     """History length, and the amount against the customer's own."""
     out[0] = len(past)
@@ -231,7 +230,7 @@ HABIT = Family(
 )
 
 # %% ../../nbs/13_catalogue.ipynb #afad8a85
-@njit(cache=True)
+@compiled
 def fill_novelty(purchase: np.void, past: Events, out: Vector) -> None:
     """Occurrences in the history; missing where the purchase does not say."""
     out[0] = occurrences(past["merchant"], purchase["merchant"]) if purchase["merchant"] != NO_KEY else np.nan
@@ -252,7 +251,7 @@ NOVELTY = Family(
 Told = npt.NDArray[np.int64]  # what the tiles of one owner say, shape (len(READINGS),), in that order
 
 
-@njit(cache=True)
+@compiled
 def fill_merchant(purchase: np.void, told: Told, out: Vector) -> None:
     """How busy the shop is, what is usual there, and what became of earlier purchases; missing where nobody knows."""
     out[:] = np.nan
@@ -290,7 +289,7 @@ MERCHANT = Family(
 )
 
 # %% ../../nbs/13_catalogue.ipynb #5b1e0004
-@njit(cache=True)
+@compiled
 def fill_device(purchase: np.void, told: Told, out: Vector) -> None:
     """Purchases from this device by anybody, and those known to be fraud; missing where nobody knows."""
     out[:] = np.nan

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from ..domain.geo import compiled
 from fraud_nb.features.catalogue import (
     EXTREMES,
     FEATURES,
@@ -55,7 +55,7 @@ _DEVICE = _end(MERCHANT, _MERCHANT)
 _TOLD = len(READINGS)  # of the merchant; those of the device follow
 
 
-@njit(cache=True)
+@compiled
 def transform(
     purchase: np.void,  # one EVENT
     past: Events,  # the customer's events at or before it, oldest first
@@ -74,7 +74,7 @@ def transform(
     fill_device(purchase, told[_TOLD:], out[_DEVICE:])
 
 # %% ../../nbs/14_fold.ipynb #0d2620c2
-@njit(cache=True)
+@compiled
 def fold_compiled(
     slots: npt.NDArray[np.int64],  # shape (n,)
     events: Events,  # shape (n,), in order of acceptance

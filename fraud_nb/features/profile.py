@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from ..domain.geo import compiled
 from .windows import EVENT, HORIZON_MS, MAX_EVENTS, Events, events_until
 
 # %% ../../nbs/11_profile.ipynb #f10c06fc
@@ -24,7 +24,7 @@ Blocks = npt.NDArray[np.int64]  # shape (customers, 3)
 Free = npt.NDArray[np.int64]  # [0] = first unused arena index; [1 + k] = first free block of size 8 * 2**k, or NO_BLOCK
 
 
-@njit(cache=True)
+@compiled
 def size_class(capacity: int) -> int:
     """k for a block of 8 * 2**k events."""
     k = 0
@@ -33,7 +33,7 @@ def size_class(capacity: int) -> int:
     return k
 
 
-@njit(cache=True)
+@compiled
 def take_block(
     capacity: int,  # events
     arena: Events,
@@ -52,7 +52,7 @@ def take_block(
     return start
 
 
-@njit(cache=True)
+@compiled
 def grow(
     slot: int,  # the customer's row of `blocks`
     blocks: Blocks,
@@ -75,7 +75,7 @@ def grow(
     return True
 
 # %% ../../nbs/11_profile.ipynb #5aa10002
-@njit(cache=True)
+@compiled
 def compact(
     order: npt.NDArray[np.int64],  # rows of `blocks` that have a block, by where it starts
     blocks: Blocks,
@@ -94,7 +94,7 @@ def compact(
     free[0] = end
 
 # %% ../../nbs/11_profile.ipynb #5cda1dc7
-@njit(cache=True)
+@compiled
 def learn(
     slot: int,
     event: np.void,  # one EVENT
@@ -131,7 +131,7 @@ def learn(
     return True
 
 # %% ../../nbs/11_profile.ipynb #b542cf70
-@njit(cache=True)
+@compiled
 def learn_all(
     slots: npt.NDArray[np.int64],  # shape (n,): the customer's row for each event
     events: Events,  # shape (n,), in order of acceptance
@@ -171,8 +171,8 @@ def decode_rows(
     rows: Rows = np.frombuffer(b"".join([each[1:] for each in stored]), dtype)
     return rows, sizes // dtype.itemsize
 
-
-@njit(cache=True)
+# %% ../../nbs/11_profile.ipynb #5aa10003
+@compiled
 def put(
     slot: int,
     rows: Rows,  # of the arena's dtype
@@ -191,7 +191,7 @@ def put(
     return True
 
 
-@njit(cache=True)
+@compiled
 def put_all(
     slots: npt.NDArray[np.int64],  # shape (n,)
     counts: npt.NDArray[np.int64],  # shape (n,): how many rows each has
@@ -248,10 +248,6 @@ class Arena:
         slot = self.slot_of.get(owner)
         start, count, _ = (0, 0, 0) if slot is None else self.blocks[slot].tolist()
         return self.arena[start : start + count]
-
-    def count(self, owner: str) -> int:
-        """How many rows the owner has."""
-        return len(self._kept(owner))
 
     def rows(self, owner: str) -> Rows:
         """A copy of the owner's rows, oldest first."""

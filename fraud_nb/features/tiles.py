@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from ..domain.geo import compiled
 from ..domain.schema import Label
 from .profile import CAPACITY, COUNT, START, Arena, Blocks, Free, grow
 from .windows import DAY_MS, HOUR_MS, events_until
@@ -47,7 +47,7 @@ NEWEST_HOURS_MS = 24 * HOUR_MS  # hours kept before the newest one
 DAYS_KEPT_MS = 60 * DAY_MS  # days kept before the newest one
 
 # %% ../../nbs/12_tiles.ipynb #5a1e0008
-@njit(cache=True)
+@compiled
 def settle(
     tiles: TileRows,
     newest: int,  # ms UTC: where the newest hour begins
@@ -72,7 +72,7 @@ def settle(
     return left
 
 # %% ../../nbs/12_tiles.ipynb #5a1e0027
-@njit(cache=True)
+@compiled
 def apply(
     change: np.void,  # one CHANGE
     blocks: Blocks,
@@ -111,7 +111,7 @@ def apply(
     return True
 
 
-@njit(cache=True)
+@compiled
 def apply_all(
     changes: Changes,  # shape (n,)
     first: int,  # index to begin with
@@ -139,7 +139,7 @@ WIDTH = len(KINDS) * len(READINGS)  # integers in a row of readings
 Readings = npt.NDArray[np.int64]  # shape (n, WIDTH)
 
 # %% ../../nbs/12_tiles.ipynb #5a1e0028
-@njit(cache=True)
+@compiled
 def read_tiles(
     tiles: TileRows,
     event_time: int,  # ms UTC, of the purchase that asks
@@ -176,7 +176,7 @@ def read_tiles(
             out[COUNT_1H] += count
 
 # %% ../../nbs/12_tiles.ipynb #5a1e0030
-@njit(cache=True)
+@compiled
 def read_row(
     slots: npt.NDArray[np.int64],  # shape (len(KINDS),): the row's owners, negative where there is none
     event_time: int,  # ms UTC
@@ -195,7 +195,7 @@ def read_row(
             read_tiles(arena[start : start + held], event_time, mine)
 
 # %% ../../nbs/12_tiles.ipynb #5a1e0011
-@njit(cache=True)
+@compiled
 def tell(
     changes: Changes,  # sorted by `at`
     done: npt.NDArray[np.int64],  # shape (2,): changes applied and rows read so far; moves on

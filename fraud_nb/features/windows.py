@@ -13,9 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
-from ..domain.geo import MISSING_PLACE
+from ..domain.geo import MISSING_PLACE, compiled
 from ..domain.money import MISSING_AMOUNT, Rates
 from ..domain.schema import Transaction
 
@@ -72,7 +71,7 @@ def events_of(
     return np.array(rows, dtype=EVENT)
 
 # %% ../../nbs/10_windows.ipynb #16e5269d
-@njit(cache=True)
+@compiled
 def events_until(
     events: Events,  # sorted by event_time
     time: int,  # ms UTC
@@ -88,7 +87,7 @@ def events_until(
     return low
 
 # %% ../../nbs/10_windows.ipynb #234e9d5e
-@njit(cache=True)
+@compiled
 def sum_amounts(
     events: Events,
     start: int,  # first index
@@ -101,7 +100,7 @@ def sum_amounts(
     return total
 
 
-@njit(cache=True)
+@compiled
 def max_amount(
     events: Events,
     start: int,
@@ -114,7 +113,7 @@ def max_amount(
     return largest
 
 # %% ../../nbs/10_windows.ipynb #9d0bef39
-@njit(cache=True)
+@compiled
 def distinct(
     keys: npt.NDArray[np.int64],  # NO_KEY where missing
 ) -> int:
@@ -127,7 +126,7 @@ def distinct(
     return found
 
 
-@njit(cache=True)
+@compiled
 def occurrences(
     keys: npt.NDArray[np.int64],
     key: int,
@@ -140,7 +139,7 @@ def occurrences(
     return found
 
 # %% ../../nbs/10_windows.ipynb #9a15f4f0
-@njit(cache=True)
+@compiled
 def twice_median(
     values: npt.NDArray[np.int64],  # at least one
 ) -> int:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..adapters.postgres import Judgement, Logged, LogOverview
-from ..features.catalogue import FEATURE_NAMES, feature_set
+from ..features.catalogue import Vector
 from ..features.fold import fold
 from ..features.profile import Profiles
 from .sharing import told_then
 from .stream import events_of_rows
-from .verify import ModelOf, differing_stage, judge_again
+from .verify import Layout, ModelOf, differing_stage, judge_again, layouts_of, narrowed
 
 # %% ../../nbs/59_replay.ipynb #fb0aedcf
 class NothingToReplay(LookupError):
@@ -32,7 +32,8 @@ class Replayed:
     stored: Judgement
     found: Judgement
     earlier: int  # events of this customer in the log before it
-    refolded: bool  # False: made by other definitions; features were taken as stored
+    refolded: bool  # False: made by definitions that are gone; features were taken as stored
+    layout: Layout  # of the stored features
 
     @property
     def stage(self) -> str | None:
@@ -42,11 +43,12 @@ class Replayed:
 
 def features_then(
     rows: Sequence[Logged],  # of one customer, by offset; the last is the one in question
-) -> bytes:
+) -> Vector:  # shape (features,), today's columns
     """The vector of the last row, from those before it."""
     customers = [row.transaction.customer_id for row in rows]
     vectors = fold(Profiles(), customers, events_of_rows(rows), told_then(rows))
-    return bytes(vectors[-1].tobytes())
+    last: Vector = vectors[-1]
+    return last
 
 
 def replay(
@@ -62,10 +64,11 @@ def replay(
     if row.judgement is None:
         raise NothingToReplay("replay: this transaction is history from before going live; it was never decided")
     stored, rows = row.judgement, log.of_customer(row.partition, row.transaction.customer_id, row.offset + 1)
-    refolded = stored.feature_set == feature_set()[0]
-    features = features_then(rows) if refolded else stored.features
-    (found,) = judge_again([(row, stored)], [features], model_of, base_currency)
-    return Replayed(row, stored, found, len(rows) - 1, refolded)
+    layouts = layouts_of(log.feature_sets())
+    layout = layouts[stored.feature_set]
+    features = narrowed(features_then(rows), layout) if layout.is_known else stored.features
+    (found,) = judge_again([(row, stored)], [features], layouts, model_of, base_currency)
+    return Replayed(row, stored, found, len(rows) - 1, layout.is_known, layout)
 
 # %% ../../nbs/59_replay.ipynb #67fa5bc9
 def told(
@@ -84,5 +87,7 @@ def told(
     if replayed.stage == "features":
         then, now = (np.frombuffer(each.features, np.float32) for each in (stored, replayed.found))
         apart = np.flatnonzero((then != now) & ~(np.isnan(then) & np.isnan(now)))
-        lines += [f"    {FEATURE_NAMES[place]}: stored {then[place]}, found {now[place]}" for place in apart[:3]]
+        lines += [
+            f"    {replayed.layout.names[place]}: stored {then[place]}, found {now[place]}" for place in apart[:3]
+        ]
     return [*lines, f"replay: {replayed.stage} differs" if replayed.stage else "replay: identical"]

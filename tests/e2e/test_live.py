@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from fraud_nb.adapters.ledger import Ledger, LedgerReader
 from fraud_nb.adapters.postgres import LogOverview, LogReader, migrate
 from fraud_nb.decision.bundle import unpack
 from fraud_nb.domain.schema import Label, encode
+from fraud_nb.features.catalogue import FEATURE_NAMES
 from fraud_nb.features.windows import MINUTE_MS
 from fraud_nb.pipeline.champion import Shelf
 from fraud_nb.pipeline.replay import replay
@@ -60,12 +62,12 @@ class Shop:
             cursor.execute(query)
             return cursor.fetchall()
 
-    def stream(self, *more: str, failpoint: str = "") -> subprocess.Popen[str]:
+    def stream(self, *more: str, failpoint: str = "", code: Path = ROOT) -> subprocess.Popen[str]:
         """A worker that follows the ledger."""
         command = [sys.executable, "-c", MAIN, "stream", "--status-every", "0.2", *more]
         crash = {"FRAUD_FAILPOINT": failpoint} if failpoint else {}
         return subprocess.Popen(
-            command, env={**os.environ, **self.environment, **crash}, stderr=subprocess.PIPE, text=True
+            command, env={**os.environ, **self.environment, **crash}, cwd=code, stderr=subprocess.PIPE, text=True
         )  # fmt: skip
 
     def wait_for(self, query: str, expected: object, deadline_s: float = 40) -> None:
@@ -297,3 +299,61 @@ def test_live_decisions_are_measured(shop: Shop) -> None:
     result = json.loads(done.stdout)
     assert result["decisions"] == 750 and result["frauds"] == 25
     assert result["average_precision"] == result["average_precision_again"]
+
+
+def older_code(folder: Path) -> Path:
+    """This code, before the features of devices were added."""
+    shutil.copytree(ROOT / "fraud_nb", folder / "fraud_nb", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, now, then in (
+        ("catalogue.py", "NOVELTY, MERCHANT, DEVICE)", "NOVELTY, MERCHANT)"),
+        ("fold.py", "    fill_device(purchase, told[_TOLD:], out[_DEVICE:])\n", ""),
+    ):
+        path = folder / "fraud_nb" / "features" / name
+        text = path.read_text()
+        assert text.count(now) == 1
+        path.write_text(text.replace(now, then))
+    return folder
+
+
+def test_features_are_added_and_older_decisions_stay_what_they_were(shop: Shop) -> None:
+    """An older worker and its model, then today's code with that model, then a model that knows the new features."""
+    older = older_code(shop.folder / "older")
+    bundle = shop.folder / "older.bundle"
+    train = (
+        f"from pathlib import Path; from tests.e2e.stream_kit import small_model; small_model(Path({str(bundle)!r}))"
+    )
+    subprocess.run(
+        [sys.executable, "-c", train], cwd=older, env={**os.environ, "PYTHONPATH": f"{older}:{ROOT}"}, check=True
+    )  # fmt: skip
+    assert {"device_count_1h", *unpack(bundle.read_bytes(), None).names} <= set(FEATURE_NAMES)
+    assert "device_count_1h" not in unpack(bundle.read_bytes(), None).names
+    ledger = Ledger(shop.postgres)
+    with_less = ledger.add(bundle.read_bytes(), {"auc": 0.9})
+    ledger.promote(with_less, "test", "before devices", {})
+    by_model = "SELECT count(*) FROM decisions WHERE model_version = "
+    worker = shop.stream(code=older)
+    try:
+        shop.send(100)
+        shop.wait_for(f"{by_model}{with_less}", 100)
+    finally:
+        worker.send_signal(signal.SIGTERM)
+        worker.communicate(timeout=20)
+    worker = shop.stream()
+    try:
+        shop.send(50)
+        shop.wait_for(f"{by_model}{with_less}", 150)
+        with_all = ledger.add(small_model(shop.folder / "third.bundle", rounds=9).read_bytes(), {"auc": 0.92})
+        ledger.promote(with_all, "test", "with devices", {})
+        time.sleep(2.5)
+        shop.send(50)
+        shop.wait_for(f"{by_model}{with_all}", 50)
+    finally:
+        worker.send_signal(signal.SIGTERM)
+        worker.communicate(timeout=20)
+    widths = shop.rows(f"SELECT DISTINCT length(features) FROM decisions WHERE model_version = {with_less} ORDER BY 1")
+    assert [width for (width,) in widths] == [4 * (len(FEATURE_NAMES) - 4), 4 * len(FEATURE_NAMES)]
+    shop.verify(950)
+    first = f"SELECT transaction_id FROM decisions WHERE model_version = {with_less} ORDER BY record_time LIMIT 1"
+    ((ident,),) = shop.rows(first)
+    told = fraud(shop.environment, "replay", ident)
+    assert told.returncode == 0 and "replay: identical" in told.stderr and "earlier events" in told.stderr

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from ..adapters.ports import SHARED, Fenced, StateStore
 from ..adapters.postgres import Logged, SeenLabels, SharedRow, SharedVersion, VersionLog, nothing_yet
 from ..domain.schema import Transaction
+from ..features.profile import StateCodecError
 from ..features.shared import claim_changes
 from ..features.tiles import UNKNOWN, WIDTH, Changes, Readings, Tiles, changes_of, owner_names, owners_of
 
@@ -44,11 +45,14 @@ def told_now(
 ) -> tuple[int, Readings]:  # the version read, 0 where there is none; what each purchase is told
     """The newest there is about the shops and devices of these purchases."""
     owners = [owners_of(transaction.merchant_id, transaction.device_id) for transaction in transactions]
-    names = owner_names(owners)
+    names, nothing = owner_names(owners), np.full((len(transactions), WIDTH), UNKNOWN, np.int64)
     watermark, stored = store.load(SHARED, names)
     if watermark is None or watermark <= 0:
-        return 0, np.full((len(transactions), WIDTH), UNKNOWN, np.int64)
-    tiles = Tiles.holding(names, stored)
+        return 0, nothing
+    try:
+        tiles = Tiles.holding(names, stored)
+    except StateCodecError:  # made by other code; whoever closes the next version builds them anew
+        return 0, nothing
     return watermark, tiles.read(tiles.slots_of(owners), np.array([each.event_time for each in transactions], np.int64))
 
 # %% ../../nbs/50_sharing.ipynb #5f1e0008
@@ -93,7 +97,11 @@ def add(
     watermark, stored = store.load(SHARED, names)
     if watermark != expected:
         raise Fenced("shared tiles: somebody else moves them")
-    tiles = Tiles.holding(names, stored)
+    try:
+        tiles = Tiles.holding(names, stored)
+    except StateCodecError as error:
+        store.wipe(SHARED)
+        raise Fenced("shared tiles: made by other code; they are built anew") from error
     tiles.apply(changes_between(tiles, rows, labelled))
     store.save({SHARED: (expected, new)}, {(SHARED, name): tiles.dump(name) for name in names})
 
@@ -141,15 +149,18 @@ def close_version(
     """Look at the log, and bring the tiles up to it; raises Fenced or Unavailable, and may simply be called again."""
     with sharing.lock:
         last = sharing.log.newest() or nothing_yet(sharing.partitions)
+        watermark = sharing.store.watermark(SHARED) or 0
+        if watermark > last.version:
+            older = None  # made from a log that had come further; a number alone does not say of which log it is
+        else:
+            older = last if watermark == last.version else sharing.log.at(watermark)
         version = sharing.log.close_next(last) or last
         failpoint("version-closed")
-        watermark = sharing.store.watermark(SHARED)
-        if version.version in (watermark, 0):
-            return version.version
-        older = sharing.log.at(watermark) if watermark is not None and 0 < watermark < version.version else None
-        if older is None:
+        if version.version == 0:
+            return 0
+        if older is None or older.version == 0:
             build(sharing, version, epoch)
-        else:
+        elif older.version < version.version:
             rows = list(chain.from_iterable(sharing.log.rows_between(older, version, PAGE)))
             add(sharing.store, watermark, version.version, rows, sharing.log.labels_between(older, version))
         return version.version

@@ -44,7 +44,7 @@ from fraud_nb.domain.schema import (
 )
 from ..features.catalogue import feature_set
 from ..features.fold import fold
-from ..features.profile import Profiles
+from ..features.profile import Profiles, StateCodecError
 from ..features.tiles import Readings
 from ..features.windows import MINUTE_MS, Events, events_of
 from .sharing import Sharing, close_version, failpoint, told_now
@@ -311,7 +311,11 @@ def recall(
         if found != watermark:
             raise Fenced(f"the watermark of partition {partition} is not the expected one")
         profiles.slots(missing)
-        profiles.load(missing, profiles_found)
+        try:
+            profiles.load(missing, profiles_found)
+        except StateCodecError as error:
+            store.wipe(partition)
+            raise Fenced(f"profiles of partition {partition}: made by other code; they are rebuilt") from error
 
 
 def events_of_rows(

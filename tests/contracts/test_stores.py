@@ -10,6 +10,8 @@ import redis
 from fraud_nb.adapters.memory import MemoryStateStore
 from fraud_nb.adapters.ports import SHARED, Fenced, StateStore, StoreUnavailable
 from fraud_nb.adapters.redis_store import EvictingStore, RedisStateStore
+from fraud_nb.features.profile import Profiles
+from fraud_nb.pipeline.stream import recall
 
 
 @pytest.fixture(params=["memory", "redis"])
@@ -89,6 +91,26 @@ def test_thousand_profiles(store: StateStore) -> None:
     profiles = {(0, f"customer-{number}"): os.urandom(3_000) for number in range(1_000)}
     store.save({0: (None, 1)}, profiles)
     assert store.load(0, [customer for _, customer in profiles]) == (1, list(profiles.values()))
+
+
+def test_profiles_of_another_codec_are_rebuilt(store: StateStore) -> None:
+    """Never read, never migrated: wiped, so that whoever claims the partition next makes them from the log."""
+    store.save({0: (None, 5)}, {(0, "ada"): b"\x07 of another day"})
+    with pytest.raises(Fenced, match="other code"):
+        recall(store, Profiles(), 0, 5, ["ada"])
+    assert store.load(0, ["ada"]) == (None, [None])
+
+
+def test_an_emptied_store_is_not_a_store_of_strangers(store: StateStore) -> None:
+    """Who was a customer a moment ago must not become a new one because the store was emptied or set back."""
+    store.save({0: (None, 5)}, {(0, "ada"): b"\x01"})
+    recall(store, Profiles(), 0, 5, ["ada", "bob"])
+    for expected in (None, 4, 6):
+        with pytest.raises(Fenced):
+            recall(store, Profiles(), 0, expected, ["ada"])
+    store.wipe(0)
+    with pytest.raises(Fenced):
+        recall(store, Profiles(), 0, 5, ["ada"])
 
 
 def test_change_between_watch_and_exec_is_fenced(servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,6 +251,31 @@ def test_lost_or_foreign_tiles_are_built_anew(shop: Shop, left: int | None) -> N
     assert newest is not None and shop.tiles() == shop.rebuilt(newest)
 
 
+def test_tiles_of_a_log_that_had_come_further_are_not_believed(shop: Shop) -> None:
+    """PostgreSQL was set back by one version, and the next one gets its number."""
+    shop.sell(0, NOON)
+    assert shop.close() == 1
+    shop.sharing.store.save({SHARED: (1, 2)}, {(SHARED, "m:gold"): b"\x01", (SHARED, "m:lost"): b"\x01"})
+    shop.sell(1, NOON)
+    assert shop.close() == 2
+    newest = shop.versions.newest()
+    assert newest is not None and shop.tiles() == shop.rebuilt(newest)
+
+
+def test_tiles_of_another_codec_are_missing_and_then_built_anew(shop: Shop) -> None:
+    shop.sell(0, NOON)
+    assert shop.close() == 1
+    shop.sharing.store.save({SHARED: (1, 1)}, {(SHARED, "m:gold"): b"\x07 of another day"})
+    version, found = told_now(shop.sharing.store, [Transaction("q", "cy", NOON, 1, "EUR", "gold")])
+    assert version == 0 and (found == UNKNOWN).all()
+    shop.sell(1, NOON)
+    with pytest.raises(Fenced, match="other code"):
+        shop.close()
+    assert shop.close() == 2
+    newest = shop.versions.newest()
+    assert newest is not None and shop.tiles() == shop.rebuilt(newest)
+
+
 def test_a_builder_who_was_overtaken_is_fenced(shop: Shop) -> None:
     for _ in history_by_hand(shop):
         pass

@@ -42,7 +42,7 @@ export: setup ## format the notebooks, write fraud_nb/ from them, clean them
 	@find fraud_nb -name '*.nb[ic]' -delete # numba's cache looks at one file's age, not at the constants it imports
 
 lab: setup ## open JupyterLab on this repository, on this machine only
-	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=.
+	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=. $(if $(filter 0,$(shell id -u)),--allow-root) # in a container
 
 test: setup ## everything a change must pass, in the order of CI
 	@find fraud_nb -name '*.nb[ic]' -delete

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ..domain.geo import compiled
 from fraud_nb.features.catalogue import (
+    DEVICE,
     EXTREMES,
     FEATURES,
     HABIT,
@@ -53,6 +54,8 @@ _NOVELTY = _end(HABIT, _HABIT)
 _MERCHANT = _end(NOVELTY, _NOVELTY)
 _DEVICE = _end(MERCHANT, _MERCHANT)
 _TOLD = len(READINGS)  # of the merchant; those of the device follow
+if _end(DEVICE, _DEVICE) != len(FEATURES):
+    raise TypeError("FAMILIES: a family of the catalogue is not called in transform; its columns would hold anything")
 
 
 @compiled

@@ -357,3 +357,20 @@ def test_features_are_added_and_older_decisions_stay_what_they_were(shop: Shop) 
     ((ident,),) = shop.rows(first)
     told = fraud(shop.environment, "replay", ident)
     assert told.returncode == 0 and "replay: identical" in told.stderr and "earlier events" in told.stderr
+
+
+def test_a_retrain_is_measured_beside_the_champion(shop: Shop) -> None:
+    """On the same days, unless the champion has learned from them."""
+    environment = shop.environment | {"PYTHONPATH": str(ROOT)}
+    small = ("-p", "customers=500", "-p", "days=100")
+    open_gate = ("-p", "min_auc=0.5", "-p", "min_average_precision=0.0", "-p", "min_recall=0.0")
+    told = []
+    for _ in range(2):
+        done = fraud(
+            environment, "retrain", "--quick", "--history", "simulated", "--promote", *small, *open_gate, timeout_s=240
+        )  # fmt: skip
+        assert done.returncode == 0 and "champion now" in done.stderr, done.stderr
+        newest = max((shop.folder / "home" / "runs").glob("retrain_*"))
+        told.append((newest / "retrain.ipynb").read_text())
+    assert "the champion on the same days: average precision" in told[0]
+    assert "the champion has learned from the test days already: not comparable" in told[1]

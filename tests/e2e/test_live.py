@@ -306,6 +306,7 @@ def older_code(folder: Path) -> Path:
     shutil.copytree(ROOT / "fraud_nb", folder / "fraud_nb", ignore=shutil.ignore_patterns("__pycache__"))
     for name, now, then in (
         ("catalogue.py", "NOVELTY, MERCHANT, DEVICE)", "NOVELTY, MERCHANT)"),
+        ("fold.py", "_end(DEVICE, _DEVICE) != len", "_end(MERCHANT, _MERCHANT) != len"),
         ("fold.py", "    fill_device(purchase, told[_TOLD:], out[_DEVICE:])\n", ""),
     ):
         path = folder / "fraud_nb" / "features" / name
@@ -360,17 +361,10 @@ def test_features_are_added_and_older_decisions_stay_what_they_were(shop: Shop) 
 
 
 def test_a_retrain_is_measured_beside_the_champion(shop: Shop) -> None:
-    """On the same days, unless the champion has learned from them."""
+    """On the same days; the kit's model knows nothing of them, and so large a gain over a champion is not believed."""
     environment = shop.environment | {"PYTHONPATH": str(ROOT)}
-    small = ("-p", "customers=500", "-p", "days=100")
-    open_gate = ("-p", "min_auc=0.5", "-p", "min_average_precision=0.0", "-p", "min_recall=0.0")
-    told = []
-    for _ in range(2):
-        done = fraud(
-            environment, "retrain", "--quick", "--history", "simulated", "--promote", *small, *open_gate, timeout_s=240
-        )  # fmt: skip
-        assert done.returncode == 0 and "champion now" in done.stderr, done.stderr
-        newest = max((shop.folder / "home" / "runs").glob("retrain_*"))
-        told.append((newest / "retrain.ipynb").read_text())
-    assert "the champion on the same days: average precision" in told[0]
-    assert "the champion has learned from the test days already: not comparable" in told[1]
+    words = ("--quick", "--history", "simulated", "--promote", "-p", "customers=1200", "-p", "min_auc=0.5")
+    done = fraud(environment, "retrain", *words, timeout_s=240)
+    assert done.returncode == 1 and "a surprising gain is a leak until disproved" in done.stderr
+    (run,) = (shop.folder / "home" / "runs").glob("retrain_*")
+    assert "the champion on the same days: average precision" in (run / "retrain.ipynb").read_text()

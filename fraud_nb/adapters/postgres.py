@@ -7,7 +7,7 @@ __all__ = ['DECISION_LOG', 'HISTORY_LABELS_MODELS', 'SHARED_VERSIONS', 'MIGRATIO
            'SchemaMismatch', 'migrate', 'Judgement', 'Logged', 'DeadLetter', 'Repeat', 'SharedVersion', 'Tally',
            'Claim', 'Batch', 'AlreadyDecided', 'copy_line', 'Session', 'LogRows', 'LogReader', 'LogOverview',
            'PostgresLog', 'AlreadyLive', 'HistoryLoader', 'LabelBatch', 'LabelLog', 'SharedRow', 'nothing_yet',
-           'VersionReader', 'VersionLog']
+           'VersionReader', 'bounds_of', 'VersionLog']
 
 # %% ../../nbs/43_postgres.ipynb #03712677
 import io
@@ -712,6 +712,12 @@ _LABELS_BETWEEN = """
 """
 
 # %% ../../nbs/43_postgres.ipynb #5d1e0008
+def bounds_of(older: SharedVersion, newer: SharedVersion) -> dict[str, object]:
+    """What lies between two versions, as the query above names it."""
+    was = {"was": list(older.progress), "was_seq": older.label_seq, "was_clock": older.clock}
+    return was | {"ends": list(newer.progress), "seq": newer.label_seq, "clock": newer.clock}
+
+
 class VersionLog(VersionReader):
     """The shared versions, for the one who closes them."""
 
@@ -732,12 +738,10 @@ class VersionLog(VersionReader):
         newer: SharedVersion,
     ) -> list[tuple[SharedRow, SeenLabels]]:
         """Purchases about which the newer version knows more, with all the labels it knows of them."""
-        bounds = {"was": list(older.progress), "was_seq": older.label_seq, "was_clock": older.clock}
-        bounds |= {"ends": list(newer.progress), "seq": newer.label_seq, "clock": newer.clock}
         found: dict[str, tuple[SharedRow, SeenLabels]] = {}
         with self._transaction() as cursor:
             cursor.execute("SET LOCAL statement_timeout = 0")
-            cursor.execute(_LABELS_BETWEEN, bounds)
+            cursor.execute(_LABELS_BETWEEN, bounds_of(older, newer))
             for ident, merchant, device, paid, amount, is_fraud, known, source, was_within, _ in cursor.fetchall():
                 _, labels = found.setdefault(ident, (SharedRow(merchant, device, paid, amount), []))
                 labels.append((int(not was_within), Label(ident, is_fraud, known, source)))

@@ -11,6 +11,8 @@ import pytest
 from fraud_nb.adapters.memory import MemoryStateStore
 from fraud_nb.adapters.ports import SHARED, Fenced
 from fraud_nb.adapters.postgres import (
+    _CLOSE,
+    _LABELS_BETWEEN,
     Batch,
     Claim,
     HistoryLoader,
@@ -22,6 +24,7 @@ from fraud_nb.adapters.postgres import (
     SharedRow,
     SharedVersion,
     VersionLog,
+    bounds_of,
     migrate,
     nothing_yet,
 )
@@ -313,3 +316,26 @@ def test_readings_equal_the_oracle(shop: Shop) -> None:
             (time, amount, is_claimed(claims.get(ident, []))) for ident, time, shop, amount in bought if shop == name
         ]
         assert told[: len(READINGS)].tolist() == readings(seen, now)
+
+
+def test_a_look_reads_what_is_new_and_not_the_whole_log(shop: Shop) -> None:
+    """The planner must find the rows by partition and offset: a scan of the log every second would eat the machine."""
+    for partition in range(PARTITIONS):
+        claim = shop.claims[partition]
+        rows = [
+            judged(
+                Logged(partition, number, Transaction(f"{partition}-{number}", "ada", NOON, 1, "EUR"), 1, b"", 0, None)
+            )
+            for number in range(10_000)
+        ]
+        shop.log.commit(Batch(rows, [], [], {partition: (claim, len(rows))}))
+    with psycopg2.connect(shop.dsn) as connection, connection.cursor() as cursor:
+        cursor.execute("ANALYZE")
+        older, newer = SharedVersion(1, (9_900, 9_900), 0, NOON), SharedVersion(2, (10_000, 10_000), 0, NOON)
+        for query, values in (
+            (_CLOSE, older._asdict() | {"version": 2, "progress": list(older.progress)}),
+            (_LABELS_BETWEEN, bounds_of(older, newer)),
+        ):
+            cursor.execute("EXPLAIN " + query, values)
+            plan = "\n".join(line for (line,) in cursor.fetchall())
+            assert "decisions_partition_offset_key" in plan and "Seq Scan on decisions" not in plan, plan

@@ -82,6 +82,11 @@ class Shop:
         assert isinstance(again.store, MemoryStateStore)
         return dict(again.store.profiles)
 
+    def check(self) -> None:
+        """The tiles are those of the newest version, made from the log alone."""
+        newest = self.versions.newest()
+        assert newest is not None and self.tiles() == self.rebuilt(newest)
+
 
 def judged(row: Logged) -> Logged:
     """The row with some judgement; which one plays no part here."""
@@ -221,8 +226,7 @@ def test_tiles_are_those_of_the_log_whichever_versions_were_made(shop: Shop) -> 
         if day % 4 == 0 or day == 89:
             shop.close()
             if day % 12 == 0 or day == 89:
-                newest = shop.versions.newest()
-                assert newest is not None and shop.tiles() == shop.rebuilt(newest)
+                shop.check()
     assert shop.sharing.store.watermark(SHARED) == 24
 
 
@@ -250,8 +254,7 @@ def test_lost_or_foreign_tiles_are_built_anew(shop: Shop, left: int | None) -> N
         version, found = told_now(store, [Transaction("q", "cy", NOON, 1, "EUR", "gold")])
         assert version == 0 and (found == UNKNOWN).all(), "missing, never zero"
     assert shop.close() == 1
-    newest = shop.versions.newest()
-    assert newest is not None and shop.tiles() == shop.rebuilt(newest)
+    shop.check()
 
 
 def test_tiles_of_a_log_that_had_come_further_are_not_believed(shop: Shop) -> None:
@@ -261,8 +264,7 @@ def test_tiles_of_a_log_that_had_come_further_are_not_believed(shop: Shop) -> No
     shop.sharing.store.save({SHARED: (1, 2)}, {(SHARED, "m:gold"): b"\x01", (SHARED, "m:lost"): b"\x01"})
     shop.sell(1, NOON)
     assert shop.close() == 2
-    newest = shop.versions.newest()
-    assert newest is not None and shop.tiles() == shop.rebuilt(newest)
+    shop.check()
 
 
 def test_tiles_of_another_codec_are_missing_and_then_built_anew(shop: Shop) -> None:
@@ -275,8 +277,7 @@ def test_tiles_of_another_codec_are_missing_and_then_built_anew(shop: Shop) -> N
     with pytest.raises(Fenced, match="other code"):
         shop.close()
     assert shop.close() == 2
-    newest = shop.versions.newest()
-    assert newest is not None and shop.tiles() == shop.rebuilt(newest)
+    shop.check()
 
 
 def test_a_builder_who_was_overtaken_is_fenced(shop: Shop) -> None:

@@ -39,8 +39,8 @@ from fraud_nb.features.windows import DAY_MS
 from fraud_nb.learning.dataset import final_split, fold_history, targets
 from fraud_nb.learning.simulate import World
 from fraud_nb.learning.train import Recipe, alert_policy, bundle_of, fit, score
-from fraud_nb.pipeline.backfill import purchases_of, simulated_past
-from fraud_nb.pipeline.produce import Message, Sent, going_on, produce, shop_town
+from fraud_nb.operations.backfill import purchases_of, simulated_past
+from fraud_nb.operations.produce import Message, Sent, going_on, produce, shop_town
 from tests.bench.naive import ANSWERS, TABLE, TOPIC
 from tests.bench.state import MIB
 from tests.conftest import running_servers

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fraud_nb.adapters.files import (
+from fraud_nb.domain.schema import Transaction, decode
+from fraud_nb.operations.files import (
     Columns,
     FileMap,
     InvalidFile,
@@ -25,7 +26,6 @@ from fraud_nb.adapters.files import (
     report_lines,
     rows_of,
 )
-from fraud_nb.domain.schema import Transaction, decode
 
 ROOT = Path(__file__).parents[2]
 HANDBOOK = ROOT.parent / "shared/data/handbook_sim_dev_2018-04-01_2018-09-04.parquet"

@@ -14,13 +14,13 @@ from kafka.partitioner.default import murmur2
 
 from fraud_nb.adapters import feed as feed_module
 from fraud_nb.adapters.feed import KafkaFeed, remembered_partition
-from fraud_nb.adapters.files import Columns, FileMap, Labels, MappedBatch, Time, rows_of
 from fraud_nb.adapters.kafka_bus import LABELS, TRANSACTIONS, murmur2_partitions, read_topic
 from fraud_nb.adapters.ports import BusUnavailable, Outgoing
 from fraud_nb.domain.schema import Label, decode, decode_label
 from fraud_nb.features.windows import DAY_MS, HOUR_MS
 from fraud_nb.learning.simulate import World, labels, simulate, transactions
-from fraud_nb.pipeline.produce import Message, Purchase, Sent, due_time, produce, recorded, simulated, with_labels
+from fraud_nb.operations.files import Columns, FileMap, Labels, MappedBatch, Time, rows_of
+from fraud_nb.operations.produce import Message, Purchase, Sent, due_time, produce, recorded, simulated, with_labels
 
 START = 1_600_000_000_000
 

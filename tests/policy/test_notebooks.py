@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 NBS = ROOT / "nbs"
 # The index is the tens digit of the notebook.
-LAYERS = ("domain", "features", "decision", "learning", "adapters", "pipeline", "apps")
+LAYERS = ("domain", "features", "decision", "learning", "adapters", "pipeline", "operations", "apps")
 DIRECTIVES = {"default_exp", "export", "hide", "slow", "infra", "eval"}
 MAX_EXPORT_LINES = 60
 Cell = Mapping[str, Any]

@@ -87,7 +87,7 @@ class Settings:
     mlflow_uri: str = "sqlite:///.fraud/mlflow.db"  # tracking and registry
     retrain_cron: str = "0 3 * * *"  # minute, hour, day, month, weekday; UTC; off: never
     retrain_options: str = ""  # of the scheduled retrain, as on the command line
-    retrain_timeout_s: int = 7200  # assumption: twenty times what the full preset takes on two cores
+    retrain_timeout_s: int = 7200  # assumption: the full preset takes some minutes on two cores
 
     @classmethod
     def from_env(

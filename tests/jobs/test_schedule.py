@@ -21,6 +21,7 @@ import pytest
 
 from fraud_nb.adapters.kafka_bus import murmur2_partitions
 from fraud_nb.adapters.ledger import LedgerReader, Run, RunLog, RunReader, Taken
+from fraud_nb.adapters.ports import StoreUnavailable
 from fraud_nb.adapters.postgres import HistoryLoader, migrate
 from fraud_nb.apps.schedule import (
     GATE,
@@ -244,6 +245,7 @@ def test_a_trigger_during_a_run_is_skipped(stage: Stage) -> None:
 def test_a_job_that_runs_elsewhere_is_skipped(stage: Stage, dsn: str) -> None:
     by_hand = RunLog(dsn)
     by_hand.start("retrain", 1)
+    stage.scheduler.runs.lead()  # a scheduler that starts now does not take it for lost
     stage.later(NIGHT_S)
     by_hand.close()
     assert stage.rows() == [(1, "running", None), (1, "skipped", "it runs elsewhere")] and not stage.plays
@@ -285,6 +287,19 @@ def test_a_broken_connection_costs_a_turn_and_no_lock(stage: Stage, dsn: str) ->
     with pytest.raises(Taken):
         RunLog(dsn).lead()
     assert RunLog(dsn).start("retrain", 1) is not None, "the job's lock was given back"
+
+
+def test_a_database_that_is_away_puts_the_run_off(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(job: str, attempt: int) -> int:
+        raise StoreUnavailable("postgres: no connection")
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(stage.scheduler.runs, "start", away)
+        stage.later(NIGHT_S)
+        stage.later(GRACE_S / 2)
+        assert stage.rows() == [] and len(stage.told(logging.ERROR)) == 1
+    stage.later(1)
+    assert stage.rows() == [(1, "running", None)]
 
 
 def test_who_was_taken_over_ends_its_job(stage: Stage, dsn: str) -> None:
@@ -458,16 +473,17 @@ def test_wrong_usage_exits_2(tmp_path: Path, variables: dict[str, str], words: t
     assert not list(tmp_path.iterdir()), "nothing was started"
 
 
+@pytest.mark.timeout(600)
 def test_a_scheduled_retrain_makes_a_champion(command: Command, dsn: str) -> None:
     """The real thing once: from the log's own history to the ledger's newest row."""
-    world = World(customers=1200)
+    world = World(customers=900, days=110)
     backfill(
         HistoryLoader(dsn), lambda: simulated_past(world), 1, murmur2_partitions, Rates("EUR"), lambda *how_far: None
     )  # fmt: skip
     options = "--quick -p min_auc=0.5 -p min_average_precision=0.01 -p min_recall=0.05"
     command.environment["FRAUD_RETRAIN_OPTIONS"] = options
     process = command.begin("--run", "retrain")
-    assert process.wait(280) == 0, command.said()
+    assert process.wait(540) == 0, command.said()
     last, champion = RunReader(dsn).last("retrain"), LedgerReader(dsn).champion()
     assert last is not None and champion is not None
     assert (last.outcome, last.attempt, last.model_version) == ("done", 1, champion.model_version)

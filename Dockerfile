@@ -19,7 +19,8 @@ COPY fraud_nb fraud_nb
 COPY nbs nbs
 RUN pip install --no-cache-dir --no-index --no-deps --no-build-isolation --editable . \
     && python -m compileall -q fraud_nb
-# Nothing is written but under /tmp and, where a volume is mounted, /var/lib/fraud.
+# Nothing is written but under /tmp and, where a volume is mounted, /var/lib/fraud. Features are compiled anew in each
+# container, at the first record (some 20 s): numba's cache does not see every change, so none outlives its code.
 ENV HOME=/tmp NUMBA_CACHE_DIR=/tmp/numba BENTOML_HOME=/tmp/bentoml BENTOML_DO_NOT_TRACK=True FRAUD_HOME=/var/lib/fraud
 USER 10001:10001
 

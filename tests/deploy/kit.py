@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 
 from fraud_nb.apps.cli import parser
-from fraud_nb.domain.config import Settings
 
 ROOT = Path(__file__).parents[2]
 OURS = {"fraud-nb": "worker", "fraud-nb-bento": "bento"}  # image: its stage of the Dockerfile
@@ -79,11 +78,6 @@ def pod_of(manifest: Document) -> Document | None:
         spec = spec["jobTemplate"]["spec"]
     template: Document | None = spec.get("template")
     return template
-
-
-def check_settings(environment: Mapping[str, str]) -> None:
-    """Raises InvalidSetting where a variable is unknown or unusable."""
-    Settings.from_env(environment)
 
 
 def check_command(words: Sequence[str]) -> None:

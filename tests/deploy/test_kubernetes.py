@@ -7,12 +7,12 @@ from typing import Any
 import kubernetes_validate
 import pytest
 
+from fraud_nb.domain.config import Settings
 from tests.deploy.kit import (
     ROOT,
     SECRET,
     Document,
     check_command,
-    check_settings,
     documents,
     filled_in,
     manifests,
@@ -75,7 +75,7 @@ def test_settings_are_known_and_usable(name: str) -> None:
     for variable in container_of(name)["env"]:
         source = variable.get("valueFrom", {}).get("secretKeyRef", {})
         environment[variable["name"]] = variable.get("value") or secrets.get(source["key"], "0123456789abcdef")
-    check_settings(environment)
+    Settings.from_env(environment)
 
 
 def test_secrets_are_named_and_never_held() -> None:

@@ -486,7 +486,7 @@ def _stream_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--status-every", type=float, default=10.0, metavar="S", help="log a status line (default: 10)"
     )
-    command.add_argument("--metrics-port", type=int, metavar="PORT", help="answer Prometheus on this port")
+    command.add_argument("--metrics-port", type=int, metavar="PORT", help="answer Prometheus on this loopback port")
 
 # %% ../../nbs/79_cli.ipynb #f4e3a691
 _ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {

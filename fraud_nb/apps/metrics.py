@@ -79,7 +79,7 @@ class WorkerCollector(Collector):
 def serve_metrics(
     collector: Collector,
     port: int,
-    address: str = "127.0.0.1",  # another one only on purpose
+    address: str,  # of this machine; see FRAUD_METRICS_HOST
 ) -> None:
     """Answer Prometheus in a thread; raises OSError when the port is taken."""
     registry = CollectorRegistry()

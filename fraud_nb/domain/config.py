@@ -53,6 +53,11 @@ SHAPES: Mapping[str, tuple[str, str]] = {  # field: (pattern of the whole value,
     "base_currency": (r"[A-Z]{3}", "write an ISO 4217 code of three capital letters, such as EUR"),
     "partitions": (r"0*([1-9]\d?|1\d\d|2[0-4]\d|25[0-6])", "write a whole number from 1 to 256"),
     "partitioner": (r"murmur2|crc32", "write murmur2 (Java, kafka-python) or crc32 (librdkafka)"),
+    "analyst": (r"[^\x00-\x1f\x7f]{1,100}", "write a name of at most 100 characters"),
+    "metrics_urls": (
+        r"http://[^\s,]+(,http://[^\s,]+)*",
+        "write URLs such as http://127.0.0.1:9100/metrics, several separated by commas",
+    ),
     "mlflow_uri": (r"[a-z][a-z0-9+.-]*:\S+", "write a URI such as http://host:5000 or sqlite:///path/mlflow.db"),
 }
 
@@ -84,6 +89,8 @@ class Settings:
     partitions: int = 4  # of the topic transactions; fixed once there is data
     partitioner: Partitioner = "murmur2"  # how a customer id chooses its partition
     mlflow_uri: str = "sqlite:///.fraud/mlflow.db"  # tracking and registry
+    analyst: str = ""  # who gives verdicts at the desk; empty: a proxy says, or nobody may
+    metrics_urls: str = ""  # of the workers, separated by commas
 
     @classmethod
     def from_env(
@@ -106,6 +113,8 @@ class Settings:
             partitions=int(given.get("partitions", "4")),
             partitioner=cast(Partitioner, given.get("partitioner", "murmur2")),
             mlflow_uri=given.get("mlflow_uri", f"sqlite:///{home}/mlflow.db"),
+            analyst=given.get("analyst", ""),
+            metrics_urls=given.get("metrics_urls", ""),
         )
 
     def masked(self) -> dict[str, str]:  # variable: what `fraud check` may print

@@ -6,8 +6,8 @@
 __all__ = ['Message', 'STALE_MS', 'SPARK_S', 'WORLD', 'OUTCOMES', 'CATEGORIES', 'HEADER', 'TROUBLE', 'STATIC', 'PATIENCE_S',
            'NOTEBOOK', 'EXTENSIONS', 'money', 'whole_money', 'share', 'moment', 'loss_of', 'quantile', 'Latency',
            'face_of', 'lasting', 'spark_of', 'frame_of', 'queue_row', 'categories_of', 'dots_of', 'tick_of',
-           'frauds_told', 'waterfall_of', 'normal_of', 'features_of', 'case_of', 'request_of', 'analyst_of', 'Office',
-           'Desk', 'desk', 'dashboard_command', 'dashboard_environment']
+           'frauds_told', 'waterfall_of', 'normal_of', 'purchase_line', 'features_of', 'case_of', 'request_of',
+           'analyst_of', 'log_of', 'Office', 'Desk', 'desk', 'dashboard_command', 'dashboard_environment']
 
 # %% ../../nbs/77_dashboard.ipynb #3ba6399f
 import asyncio
@@ -228,6 +228,7 @@ def tick_of(
     counts, seen = look.counts, look.seen
     decided, alerted = counts.decided, counts.alerted
     undecided = [alert for alert in look.alerts if alert.verdict is None]
+    at_risk = whole_money(sum(map(loss_of, undecided)), base_currency)
     spark, dots = spark_of(counts.seconds, look.now_ms), dots_of(look.places, look.alerts)
     scores = [[counts.scores[place], counts.score_alerts[place]] for place in range(len(SCORE_EDGES) + 1)]
     return {
@@ -240,9 +241,7 @@ def tick_of(
             "alerts": [share(alerted, decided), f"{alerted:,} not simply approved"],
             "frauds": [share(seen.frauds, decided), frauds_told(seen)],
             "latency": list(latency),
-            "risk": [
-                whole_money(sum(map(loss_of, undecided)), base_currency), f"expected loss, {len(undecided)} open alerts"
-            ],
+            "risk": [at_risk, f"expected loss, {len(undecided)} costliest alerts"],
         },
         "spark": spark,
         "scores": scores,
@@ -293,6 +292,15 @@ def normal_of(alert: Alert, before: Sequence[Purchase], base_currency: str) -> M
     }
 
 
+def purchase_line(
+    purchase: Purchase, chosen: str
+) -> list[Any]:  # when, what, where, outcome, whether it is the chosen one
+    """One line of the customer's last purchases."""
+    paid = f"{datetime.fromtimestamp(purchase.event_time / 1000, UTC):%d %b %H:%M}"
+    amount, where = money(purchase.amount_minor, purchase.currency), purchase.merchant_id or purchase.category or ""
+    return [paid, amount, where, purchase.outcome or "history", purchase.transaction_id == chosen]
+
+
 def features_of(case: Case) -> list[list[str]]:  # name, value
     """The vector that was scored."""
     values = ((name, struct.unpack("<f", packed)[0]) for name, packed in case.features)
@@ -318,10 +326,7 @@ def case_of(case: Case, base_currency: str) -> Message:
         "facts": [[name, value] for name, value in facts if value],
         "waterfall": waterfall_of(alert),
         "normal": normal_of(alert, case.before, base_currency),
-        "before": [
-            [moment(each.event_time), money(each.amount_minor, each.currency), each.merchant_id or each.category or "",
-             each.outcome or "history", each.transaction_id == alert.transaction_id] for each in case.before[:8]
-        ],
+        "before": [purchase_line(each, alert.transaction_id) for each in case.before[:8]],
         "features": features_of(case),
         "said": [[each.says, each.analyst, moment(each.given_ms), each.note] for each in reversed(case.verdicts)],
         "problem": "",
@@ -352,6 +357,13 @@ def analyst_of(settings: Settings, environment: Mapping[str, str]) -> str:
 TROUBLE = (Unavailable, SchemaMismatch)
 
 
+def log_of(settings: Settings) -> str:
+    """Where the log is; raises Unavailable."""
+    if settings.postgres is None:
+        raise Unavailable("FRAUD_POSTGRES is not set (open the desk with: fraud dashboard)")
+    return settings.postgres
+
+# %% ../../nbs/77_dashboard.ipynb #ecc1f34e
 @dataclass(slots=True)
 class Office:
     """Reads and writes for one desk."""
@@ -365,17 +377,10 @@ class Office:
     cases: CaseReader | None = None
     verdicts: VerdictLog | None = None
 
-    @property
-    def postgres(self) -> str:
-        """Where the log is; raises Unavailable."""
-        if self.settings.postgres is None:
-            raise Unavailable("FRAUD_POSTGRES is not set (open the desk with: fraud dashboard)")
-        return self.settings.postgres
-
     def tick(self) -> Message:
         """One look at everything."""
         try:
-            self.reader = self.reader or DeskReader(self.postgres)
+            self.reader = self.reader or DeskReader(log_of(self.settings))
             look = self.reader.look(self.seen)
         except TROUBLE as error:
             return {"face": "away", "says": f"The log is away, trying again. {error}"}
@@ -392,7 +397,8 @@ class Office:
     def open(self, transaction_id: str) -> Message:
         """One case."""
         try:
-            self.cases = self.cases or CaseReader(self.postgres)
+            self.cases = self.cases or CaseReader(log_of(self.settings))
+            self.verdicts = self.verdicts or VerdictLog(log_of(self.settings))  # ready before the click
             case = self.cases.case(transaction_id)
         except TROUBLE as error:
             return {"id": transaction_id, "problem": str(error)}
@@ -404,7 +410,7 @@ class Office:
         """Store a verdict; the case with it, or with what went wrong."""
         problem = ""
         try:
-            self.verdicts = self.verdicts or VerdictLog(self.postgres)
+            self.verdicts = self.verdicts or VerdictLog(log_of(self.settings))
             self.verdicts.give(transaction_id, says, note, self.name())
         except (*TROUBLE, InvalidVerdict) as error:
             problem = f"Not stored: {error}"

@@ -168,14 +168,14 @@ class Site:
 
 
 @contextmanager
-def serving(dsn: str, notebook: Path = NOTEBOOK, pool: int = 1, **settings: str) -> Iterator[Site]:
+def serving(dsn: str, notebook: Path = NOTEBOOK, pool: int = 1, quiet_s: int = 45, **settings: str) -> Iterator[Site]:
     """Voila on a free port, as `fraud dashboard` starts it."""
     with tempfile.TemporaryDirectory(prefix="fraud-desk-") as folder:
         port, log = free_port(), Path(folder) / "voila.log"
         kept = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
         environment = dashboard_environment(kept | settings, dsn)
         with log.open("wb") as file:
-            command = dashboard_command(port, notebook, pool)
+            command = dashboard_command(port, notebook, pool, quiet_s)
             process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
         try:
             site = Site(process, port, log)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Message', 'STALE_MS', 'SPARK_S', 'WORLD', 'OUTCOMES', 'CATEGORIES', 'HEADER', 'TROUBLE', 'STATIC', 'PATIENCE_S',
            'NOTEBOOK', 'EXTENSIONS', 'money', 'whole_money', 'share', 'moment', 'loss_of', 'quantile', 'Latency',
-           'face_of', 'lasting', 'spark_of', 'frame_of', 'queue_row', 'categories_of', 'dots_of', 'tick_of',
+           'face_of', 'lasting', 'spark_of', 'frame_of', 'queue_row', 'categories_of', 'degrees', 'dots_of', 'tick_of',
            'frauds_told', 'waterfall_of', 'normal_of', 'purchase_line', 'features_of', 'case_of', 'request_of',
            'analyst_of', 'log_of', 'Office', 'Desk', 'desk', 'dashboard_command', 'dashboard_environment']
 
@@ -173,7 +173,7 @@ def frame_of(places: Sequence[tuple[float, float]]) -> list[float]:  # west, sou
     step = next((step for step in (0.1, 0.5, 2.0, 5.0) if max(east - west, north - south) <= 12 * step), 15.0)
     low = [math.floor(value / step - 0.3) * step for value in (west, south)]
     high = [math.ceil(value / step + 0.3) * step for value in (east, north)]
-    return [max(-180.0, low[0]), max(-60.0, low[1]), min(180.0, high[0]), min(84.0, high[1])]
+    return [max(-180.0, low[0]), max(-90.0, low[1]), min(180.0, high[0]), min(90.0, high[1])]
 
 # %% ../../nbs/77_dashboard.ipynb #bd052b22
 OUTCOMES = ("approve", "challenge", "review", "decline")
@@ -207,11 +207,16 @@ def categories_of(counts: Counter[str], alerts: Counter[str]) -> list[list[Any]]
     return rows
 
 
+def degrees(longitude_e6: int, latitude_e6: int, kind: int) -> list[float]:
+    """A point for the map, to a hundred metres."""
+    return [round(longitude_e6 / 1e6, 3), round(latitude_e6 / 1e6, 3), kind]
+
+
 def dots_of(places: Sequence[Place], alerts: Sequence[Alert]) -> list[list[float]]:  # east, north, 1 for an alert
     """The map's points, alerts last and so on top."""
-    plain = [[place.longitude_e6 / 1e6, place.latitude_e6 / 1e6, 0] for place in places if not place.is_alert]
+    plain = [degrees(place.longitude_e6, place.latitude_e6, 0) for place in places if not place.is_alert]
     flagged = [
-        [alert.longitude_e6 / 1e6, alert.latitude_e6 / 1e6, 1]
+        degrees(alert.longitude_e6, alert.latitude_e6, 1)
         for alert in alerts
         if alert.longitude_e6 is not None and alert.latitude_e6 is not None
     ]
@@ -472,10 +477,11 @@ class Desk(anywidget.AnyWidget):
             while time.monotonic() - self._heard_s < self._patience_s:
                 began_s = time.monotonic()
                 self.tick = await loop.run_in_executor(self._looks, self._office.tick)
-                await asyncio.sleep(max(0.0, self._every_s - (time.monotonic() - began_s)))
+                rest_s = 0.0 if self.tick["face"] == "counting" else self._every_s - (time.monotonic() - began_s)
+                await asyncio.sleep(max(0.0, rest_s))
         finally:
             self._is_live = False
-            self._office.close()
+            self._clicks.submit(self._office.close)  # behind the last click
 
 # %% ../../nbs/77_dashboard.ipynb #27341e63
 def desk(

@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from fraud_nb.decision.reasons import words
 from fraud_nb.domain.schema import Label, Outcome, Reason, Transaction
 from fraud_nb.features.catalogue import FEATURE_NAMES, feature_set
 from fraud_nb.learning.simulate import CATEGORIES, CITIES
+from tests.e2e.stream_kit import MAIN
 
 PARTITIONS = 4
 NAMES = ("amount_to_median", "same_device_count", "customer_count_1h", "distance_from_usual", "merchant_frauds_14d")
@@ -169,13 +171,16 @@ class Site:
 
 @contextmanager
 def serving(dsn: str, notebook: Path = NOTEBOOK, pool: int = 1, quiet_s: int = 45, **settings: str) -> Iterator[Site]:
-    """Voila on a free port, as `fraud dashboard` starts it."""
+    """The desk on a free port: by `fraud dashboard`, or by its Voila where something is to be different."""
     with tempfile.TemporaryDirectory(prefix="fraud-desk-") as folder:
         port, log = free_port(), Path(folder) / "voila.log"
         kept = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
-        environment = dashboard_environment(kept | settings, dsn)
-        with log.open("wb") as file:
+        others = {"FRAUD_KAFKA": "127.0.0.1:1", "FRAUD_REDIS": "redis://127.0.0.1:1"}  # given, so never started
+        environment = dashboard_environment(kept | others | settings, dsn)
+        command = [sys.executable, "-c", MAIN, "dashboard", "--port", str(port)]
+        if (notebook, pool, quiet_s) != (NOTEBOOK, 1, 45):
             command = dashboard_command(port, notebook, pool, quiet_s)
+        with log.open("wb") as file:
             process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
         try:
             site = Site(process, port, log)

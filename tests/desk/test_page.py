@@ -62,11 +62,16 @@ class Visit:
         if not url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:")):
             self.strangers.append(url)
 
-    def go(self, url: str, face: str = "live") -> Page:
-        """Open the desk and wait for its face."""
+    def go(self, url: str) -> Page:
+        """Open the desk and wait until it shows something."""
         self.page.goto(url, timeout=120_000)
-        self.face(face)
+        self.page.wait_for_selector(".desk[data-ticks]", timeout=90_000)
         return self.page
+
+    def again(self) -> None:
+        """Reload it."""
+        self.page.reload()
+        self.page.wait_for_selector(".desk[data-ticks]", timeout=90_000)
 
     def face(self, name: str) -> None:
         """Wait for it."""
@@ -139,8 +144,7 @@ def test_a_verdict_is_stored_by_a_click_survives_reload_and_is_undone(visit: Vis
     assert verdicts(shop, "odd") == [("fraud", "the card holder called", "ada")]
     ((stored_ms,),) = shop.rows("SELECT (extract(epoch FROM max(given_at)) * 1000)::bigint FROM verdicts")
     tell(f"verdict: {stored_ms - page.evaluate('window.clicked')} ms from click to stored")
-    page.reload()
-    visit.face("live")
+    visit.again()
     expect(page.locator(".said li").first).to_contain_text("the card holder called")
     expect(row_of(page, "odd").locator(".verdict")).to_have_text("fraud")
     page.get_by_role("button", name="Undo U").click()
@@ -197,8 +201,7 @@ def test_themes(visit: Visit, browser: Browser, site: Site) -> None:
     light = page.evaluate(background)
     page.get_by_role("button", name="Light or dark").click()
     assert page.evaluate(background) != light
-    page.reload()
-    visit.face("live")
+    visit.again()
     assert page.locator(".desk").get_attribute("data-theme") == "dark", "the choice is remembered"
     context = browser.new_context(color_scheme="dark")
     assert Visit(context).go(site.url).locator(".desk").get_attribute("data-theme") == "dark", "the system's choice"
@@ -223,7 +226,8 @@ def test_faces_empty_stale_and_away(visit: Visit, postgres: str) -> None:
     with own_database(postgres, "faces_test") as dsn:
         shop = shop_in(dsn)
         with serving(dsn, FRAUD_ANALYST="ada") as site:
-            page = visit.go(site.url, "empty")
+            page = visit.go(site.url)
+            visit.face("empty")
             expect(page.locator(".face")).to_contain_text("fraud stream")
             shop.sell(shop.purchase(now_ms(), bad=True))
             visit.face("live")
@@ -301,9 +305,7 @@ def test_a_tab_that_stays_open_does_not_grow(browser: Browser, shop: Shop, tmp_p
     nbformat.write(notebook, tmp_path / "fast.ipynb")
     with serving(shop.dsn, tmp_path / "fast.ipynb") as site:
         context = browser.new_context()
-        page = Visit(context).page
-        page.goto(site.url)
-        page.wait_for_selector(".desk[data-ticks]", timeout=90_000)
+        page = Visit(context).go(site.url)
         tools = context.new_cdp_session(page)
 
         def heap_after(ticks: int) -> int:

@@ -86,10 +86,10 @@ def test_what_has_a_verdict_is_no_longer_at_risk() -> None:
 
 
 def test_alerts_are_drawn_once_and_above_the_rest() -> None:
-    dots = tick(alert(), alert(latitude_e6=None), places=[Place(1, 2, False), Place(52_000_000, 13_000_000, True)])[
-        "dots"
-    ]
-    assert dots == [[2e-06, 1e-06, 0], [13.0, 52.0, 1]]
+    dots = tick(
+        alert(), alert(latitude_e6=None), places=[Place(1_000, 2_000, False), Place(52_000_000, 13_000_000, True)]
+    )["dots"]
+    assert dots == [[0.002, 0.001, 0], [13.0, 52.0, 1]]
 
 
 def test_many_categories_are_a_few_and_the_rest() -> None:

@@ -156,7 +156,7 @@ function queue(choose) {
   fresh.hidden = true;
   small.after(fresh);
   const rows = many(ROWS, () => {
-    const cells = ["age", "amount number", "risk number", "loss number", "outcome", "what", "why", "verdict"].map((name) => node("td", { class: name }));
+    const cells = ["age", "amount number", "risk number", "loss number", "outcome", "what", "why", "verdict"].map((name) => node("td", { class: name, role: "gridcell" }));
     const meter = node("i"), risk = node("span");
     cells[2].append(node("div", { class: "meter" }, meter), risk);
     const row = node("tr", { tabindex: "-1", role: "row", "aria-selected": "false" }, ...cells);
@@ -165,7 +165,7 @@ function queue(choose) {
     return { row, cells, meter, risk };
   });
   const heads = ["Age", "Amount", "Risk", "Loss", "Decision", "What", "Why", "Verdict"];
-  const head = node("tr", {}, ...heads.map((text, place) => node("th", { scope: "col", class: place > 0 && place < 4 ? "number" : "" }, text)));
+  const head = node("tr", {}, ...heads.map((text, place) => node("th", { scope: "col", role: "columnheader", class: place > 0 && place < 4 ? "number" : "" }, text)));
   const table = node("table", { role: "grid", "aria-label": "Alerts" }, node("thead", {}, head), node("tbody", {}, ...rows.map(({ row }) => row)));
   const nothing = node("p", { class: "nothing quiet" }, "No alerts. What is not simply approved will stand here.");
   const frame = node("div", { class: "scroll" }, table, nothing);
@@ -307,6 +307,11 @@ function caseOf(give) {
       if (!name && !problem.textContent) say(problem, why);
     },
     waits() { made.dataset.state = "waits"; },
+    gaveUp(id) { // no answer came; whether it was stored is not known
+      if (made.dataset.state !== "waits" || made.dataset.id !== id) return;
+      made.dataset.state = "";
+      say(problem, "No answer. Open the case again to see whether the verdict was stored.");
+    },
     opens() { made.dataset.state = "opens"; note.value = ""; },
     fill(shown) {
       made.dataset.state = "";
@@ -378,7 +383,8 @@ function render({ model, el }) {
   const outcome = bars("outcomes", "Decisions", "by outcome", OUTCOMES.length);
   const category = bars("categories", "Categories", "and their share of alerts", CATEGORIES);
   const keys = help();
-  const face = node("span"), status = node("p", { class: "face", role: "status" }, node("i", { class: "dot" }), face);
+  const face = node("span", { "aria-hidden": "true" }), spoken = node("span", { class: "spoken", role: "status" }); // once for each face
+  const status = node("p", { class: "face" }, node("i", { class: "dot" }), face, spoken);
   const versions = node("span", { class: "quiet versions" }), analyst = node("span", { class: "quiet analyst" });
   const theme = node("button", { type: "button", "aria-label": "Light or dark", title: "Light or dark (T)", "data-act": "theme" }, "◐");
   const asking = node("button", { type: "button", "aria-label": "Keyboard help", title: "Keyboard (?)" }, "?");
@@ -402,6 +408,7 @@ function render({ model, el }) {
   function give(says, note) {
     if (!chosen || shown.made.dataset.id !== chosen || shown.made.dataset.state === "waits" || shown.made.dataset.why) return;
     shown.waits();
+    setTimeout(shown.gaveUp, 8000, chosen);
     model.send({ type: "verdict", id: chosen, says, note });
   }
 
@@ -411,14 +418,19 @@ function render({ model, el }) {
   el.append(root);
   themed(root);
 
+  function look(name, says) {
+    if (root.dataset.face !== name) say(spoken, says);
+    root.dataset.face = name;
+    reload.hidden = name !== "lost";
+    say(face, says);
+  }
+
   function tick() {
     const told = model.get("tick");
     if (!told.face) return;
     ticked = Date.now();
-    root.dataset.face = told.face;
+    look(told.face, told.says);
     root.dataset.ticks = String(1 + Number(root.dataset.ticks ?? 0));
-    reload.hidden = true;
-    say(face, told.says);
     if (!told.tiles) return; // the log is away: what is shown stays, and is dimmed
     figures.fill(told); score.fill(told); outcome.fill(told.outcomes); category.fill(told.categories); where.fill(told); list.fill(told);
     say(versions, told.model);
@@ -454,9 +466,7 @@ function render({ model, el }) {
   const watch = () => {
     const silent = Date.now() - ticked;
     if (document.hidden || silent < SILENCE_MS || root.dataset.face === "opening") return;
-    root.dataset.face = "lost";
-    say(face, `No word from the desk's server for ${age(silent)}`);
-    reload.hidden = false;
+    look("lost", `No word from the desk's server for ${age(silent)}`);
   };
   const preferred = matchMedia("(prefers-color-scheme: dark)"), follow = () => themed(root);
   theme.addEventListener("click", () => { localStorage.setItem("fraud-desk-theme", root.dataset.theme === "dark" ? "light" : "dark"); themed(root); });

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORE_EDGES', 'PAGE', 'PAGE_LABELS', 'SETTLED_MS', 'ALERTS', 'SHOWN', 'PLACES', 'Buckets', 'Counts', 'counts_of',
-           'Alert', 'Place', 'Seen', 'Look', 'standing', 'alert_of', 'DeskReader', 'recent', 'Purchase', 'Verdict',
+           'Alert', 'Spot', 'Seen', 'Look', 'standing', 'alert_of', 'DeskReader', 'recent', 'Purchase', 'Verdict',
            'Case', 'CaseReader', 'InvalidVerdict', 'VerdictLog', 'check_verdict', 'buckets_of', 'latency_buckets']
 
 # %% ../../nbs/48_desk.ipynb #0bbd3e67
@@ -143,7 +143,7 @@ class Alert(NamedTuple):
     analyst: str | None  # who said the newest word
 
 
-class Place(NamedTuple):
+class Spot(NamedTuple):
     """Where a new decision was made about."""
 
     latitude_e6: int
@@ -171,7 +171,7 @@ class Look(NamedTuple):
     now_ms: int  # the database's clock
     behind: int  # rows of the log not yet counted
     alerts: list[Alert]  # what matters most first, those with a verdict last
-    places: list[Place]  # newest last
+    places: list[Spot]  # newest last
     model_version: int | None  # of the newest decision
     policy_version: int | None
 
@@ -257,7 +257,7 @@ class DeskReader(Session):
             newest = _asked(cursor, _PLACES, asked)
         known = recent(seen.settled + settled, now_ms // 1000 - _SECONDS)
         now_seen = Seen(stops, settled_ms, seq, known, seen.frauds + frauds, seen.caught + caught)
-        places = [Place(*row[1:4]) for row in newest if row[1] is not None]
+        places = [Spot(*row[1:4]) for row in newest if row[1] is not None]
         versions = newest[-1][4:] if newest else (None, None)
         return Look(now_seen, under_way, now_ms, sum(next_offsets) - sum(stops), alerts, places, *versions)
 

@@ -41,9 +41,9 @@ from fraud_nb.adapters.desk import (
     DeskReader,
     InvalidVerdict,
     Look,
-    Place,
     Purchase,
     Seen,
+    Spot,
     VerdictLog,
     latency_buckets,
 )
@@ -212,7 +212,7 @@ def degrees(longitude_e6: int, latitude_e6: int, kind: int) -> list[float]:
     return [round(longitude_e6 / 1e6, 3), round(latitude_e6 / 1e6, 3), kind]
 
 
-def dots_of(places: Sequence[Place], alerts: Sequence[Alert]) -> list[list[float]]:  # east, north, 1 for an alert
+def dots_of(places: Sequence[Spot], alerts: Sequence[Alert]) -> list[list[float]]:  # east, north, 1 for an alert
     """The map's points, alerts last and so on top."""
     plain = [degrees(place.longitude_e6, place.latitude_e6, 0) for place in places if not place.is_alert]
     flagged = [

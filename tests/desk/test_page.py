@@ -312,7 +312,7 @@ def test_a_tab_that_stays_open_does_not_grow(browser: Browser, shop: Shop, tmp_p
             while int(page.locator(".desk").get_attribute("data-ticks") or 0) < ticks:
                 shop.trade(5, seconds=1)
             tools.send("HeapProfiler.collectGarbage")
-            return int(page.evaluate("performance.memory.usedJSHeapSize"))
+            return int(tools.send("Runtime.getHeapUsage")["usedSize"])
 
         nodes = "document.querySelectorAll('.desk *').length"
         heap_after(100)

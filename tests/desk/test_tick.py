@@ -17,9 +17,9 @@ from fraud_nb.adapters.desk import (
     Case,
     Counts,
     Look,
-    Place,
     Purchase,
     Seen,
+    Spot,
     Verdict,
     latency_buckets,
 )
@@ -87,7 +87,7 @@ def test_what_has_a_verdict_is_no_longer_at_risk() -> None:
 
 def test_alerts_are_drawn_once_and_above_the_rest() -> None:
     dots = tick(
-        alert(), alert(latitude_e6=None), places=[Place(1_000, 2_000, False), Place(52_000_000, 13_000_000, True)]
+        alert(), alert(latitude_e6=None), places=[Spot(1_000, 2_000, False), Spot(52_000_000, 13_000_000, True)]
     )["dots"]
     assert dots == [[0.002, 0.001, 0], [13.0, 52.0, 1]]
 

@@ -127,7 +127,7 @@ class Latency:
         half, most = (quantile(now, self.readings[0], part) for part in (0.5, 0.99))
         if half is None or most is None:
             return ["–", "nothing decided in the last minute"]
-        return [f"{1e3 * half:.3g} ms", f"p50 of a minute; p99 {1e3 * most:.3g} ms"]
+        return [f"{1e3 * half:,.1f} ms", f"p50 of a minute; p99 {1e3 * most:,.1f} ms"]
 
 # %% ../../nbs/77_dashboard.ipynb #53a1d62d
 STALE_MS = 10_000

@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench export lab test clean
+.PHONY: help setup demo dashboard bench export lab test clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,6 +31,9 @@ $(INSTALLED): $(LOCKED) pyproject.toml
 
 demo: setup ## servers, history, a first model, a live stream and its proof (DEMO_SECONDS=60 ends by itself)
 	@$(BIN)/fraud demo $(if $(DEMO_SECONDS),--seconds $(DEMO_SECONDS))
+
+dashboard: setup ## the analyst's desk on loopback, beside the demo or a stream of your own
+	@$(BIN)/fraud dashboard
 
 bench: setup ## the worker beside a record-at-a-time pipeline, on the same servers (some minutes)
 	@$(BIN)/python -m tests.bench.bench

@@ -7,8 +7,8 @@ __all__ = ['DECISION_LOG', 'HISTORY_LABELS_MODELS', 'SHARED_VERSIONS', 'TWO_WAYS
            'NOWHERE', 'NOT_YET', 'COLUMNS', 'SeenLabels', 'SchemaMismatch', 'migrate', 'let_in', 'Judgement', 'Logged',
            'DeadLetter', 'Place', 'Repeat', 'SharedVersion', 'Tally', 'Claim', 'Batch', 'AlreadyDecided', 'copy_line',
            'Session', 'LogRows', 'LogReader', 'LogOverview', 'LogWriter', 'PostgresLog', 'AnswerLog', 'AlreadyLive',
-           'HistoryLoader', 'LabelBatch', 'LabelLog', 'SharedRow', 'nothing_yet', 'VersionReader', 'bounds_of',
-           'VersionLog']
+           'HistoryLoader', 'LabelBatch', 'NumberedLabel', 'standing_verdicts', 'LabelLog', 'SharedRow', 'nothing_yet',
+           'VersionReader', 'bounds_of', 'VersionLog']
 
 # %% ../../nbs/43_postgres.ipynb #03712677
 import io
@@ -730,7 +730,7 @@ class HistoryLoader(Session):
                     cursor.copy_expert(f"COPY decisions ({COLUMNS}) FROM STDIN", lines)
                     labels += [label for _, mine in page for label in mine]
                 labels.sort(key=lambda label: label.label_time)
-                _number_labels(cursor, [(label, None) for label in labels])
+                _number_labels(cursor, [NumberedLabel(label, None, None) for label in labels])
         except psycopg2.errors.UniqueViolation as error:
             raise AlreadyDecided("transaction_id: twice in the history") from error
 
@@ -744,7 +744,15 @@ class LabelBatch(NamedTuple):
     next_offset: int  # of topic `labels`, from now on
 
 
-def _number_labels(cursor: psycopg2.extensions.cursor, labels: Sequence[tuple[Label, int | None]]) -> None:
+class NumberedLabel(NamedTuple):
+    """A label and where it came from; from neither place: history."""
+
+    label: Label
+    offset: int | None  # on topic `labels`
+    verdict: int | None  # of an analyst
+
+
+def _number_labels(cursor: psycopg2.extensions.cursor, labels: Sequence[NumberedLabel]) -> None:
     """Append labels in order; the number is taken under the lock of the only row of label_progress."""
     cursor.execute(
         "UPDATE label_progress SET next_seq = next_seq + %s RETURNING next_seq - %s", (len(labels), len(labels))
@@ -752,14 +760,59 @@ def _number_labels(cursor: psycopg2.extensions.cursor, labels: Sequence[tuple[La
     first = int(cursor.fetchone()[0])
     lines = "".join(
         f"{number}\t{_text(label.transaction_id)}\t{'t' if label.is_fraud else 'f'}\t{label.label_time}\t"
-        f"{label.source}\t{_number(offset)}\n"
-        for number, (label, offset) in enumerate(labels, first)
+        f"{label.source}\t{_number(offset)}\t{_number(verdict)}\n"
+        for number, (label, offset, verdict) in enumerate(labels, first)
     )
     cursor.copy_expert(
-        'COPY labels (label_seq, transaction_id, is_fraud, label_time, source, "offset") FROM STDIN', io.StringIO(lines)
+        'COPY labels (label_seq, transaction_id, is_fraud, label_time, source, "offset", verdict) FROM STDIN',
+        io.StringIO(lines),
     )
 
+# %% ../../nbs/43_postgres.ipynb #68222b8f
+_WAITING = """
+    FROM verdicts WHERE verdict > coalesce((SELECT max(verdict) FROM labels), 0) - 1000
+        AND NOT EXISTS (SELECT FROM labels WHERE labels.verdict = verdicts.verdict)
+"""
+_TAKE = f"""
+    SELECT verdict, transaction_id, says,
+        greatest((SELECT clock FROM shared_versions ORDER BY version DESC LIMIT 1), event_time)
+    FROM (SELECT verdict, transaction_id, says {_WAITING} ORDER BY verdict LIMIT 1000) AS waiting
+    JOIN decisions USING (transaction_id) ORDER BY verdict
+"""  # noqa: S608 (ours)
+_SAID = "SELECT verdict, says FROM verdicts WHERE transaction_id = %s AND verdict <= %s ORDER BY verdict"
+_WITHOUT = """
+    SELECT is_fraud FROM labels WHERE transaction_id = %s AND (verdict IS NULL OR verdict = ANY(%s))
+    ORDER BY label_time DESC, label_seq DESC LIMIT 1
+"""
 
+
+def standing_verdicts(
+    said: Iterable[tuple[int, str]],  # (number, what it says) about one transaction, in order
+) -> list[tuple[int, str]]:
+    """The verdicts that were not taken back, the newest last."""
+    stack: list[tuple[int, str]] = []
+    for number, says in said:
+        if says != "undo":
+            stack.append((number, says))
+        elif stack:
+            stack.pop()
+    return stack
+
+
+def _take_verdicts(cursor: psycopg2.extensions.cursor) -> int:
+    """Labels for all verdicts that have none, in order; how many."""
+    cursor.execute(_TAKE)
+    waiting = cursor.fetchall()
+    for number, ident, says, now_ms in waiting:  # one by one: an undo reads the labels before it
+        is_fraud = says == "fraud"
+        if says == "undo":
+            cursor.execute(_SAID, (ident, number))
+            cursor.execute(_WITHOUT, (ident, [verdict for verdict, _ in standing_verdicts(cursor.fetchall())]))
+            is_fraud = bool((cursor.fetchone() or (False,))[0])
+        _number_labels(cursor, [NumberedLabel(Label(ident, is_fraud, now_ms, "analyst"), None, number)])
+    return len(waiting)
+
+# %% ../../nbs/43_postgres.ipynb #ec22a2fe
 class LabelLog(Session):
     """The labels, for the one who takes them in."""
 
@@ -772,7 +825,13 @@ class LabelLog(Session):
             cursor.execute("UPDATE label_progress SET epoch = epoch + 1 RETURNING epoch, next_offset")
             return Claim(*cursor.fetchone())
 
-    def commit(self, batch: LabelBatch) -> None:
+    def verdicts_wait(self) -> bool:
+        """Whether a verdict has no label yet."""
+        with self._transaction() as cursor:
+            cursor.execute(f"SELECT EXISTS (SELECT {_WAITING})")  # noqa: S608 (ours)
+            return bool(cursor.fetchone()[0])
+
+    def commit(self, batch: LabelBatch) -> int:  # labels of verdicts, taken along
         """All or nothing; raises Fenced, or StoreUnavailable (then the outcome is unknown)."""
         with self._transaction() as cursor:
             cursor.execute(
@@ -781,9 +840,10 @@ class LabelLog(Session):
             )
             if cursor.rowcount != 1:
                 raise Fenced("labels: another worker takes them in now")
-            _number_labels(cursor, batch.labels)
+            _number_labels(cursor, [NumberedLabel(label, offset, None) for label, offset in batch.labels])
             letters = [letter[1:] for letter in batch.dead_letters]
             execute_values(cursor, "INSERT INTO label_dead_letters VALUES %s", letters)
+            return _take_verdicts(cursor)
 
     def read_dead_letters(self, start: int, stop: int) -> list[tuple[int, str, str]]:
         """Offset, field and reason of the records that were no labels, in order."""

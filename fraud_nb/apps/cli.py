@@ -6,8 +6,8 @@
 __all__ = ['FAILURES', 'WRONG_USAGE', 'JOBS', 'SWITCH_S', 'prepared', 'command_up', 'command_migrate', 'command_down',
            'command_check', 'progress_of', 'command_backfill', 'run_notebook', 'command_retrain', 'command_backtest',
            'command_model', 'command_schedule', 'until_signal', 'send_all', 'tell_unsent', 'command_produce',
-           'command_simulate', 'command_stream', 'stop_when', 'command_verify', 'command_replay', 'command_demo',
-           'parser', 'main']
+           'command_simulate', 'command_stream', 'command_dashboard', 'stop_when', 'command_verify', 'command_replay',
+           'command_demo', 'parser', 'main']
 
 # %% ../../nbs/79_cli.ipynb #fb2b30bc
 import argparse
@@ -42,6 +42,7 @@ from ..adapters.redis_store import EvictingStore, RedisStateStore
 from ..adapters.servers import Addresses, addresses_of
 from . import schedule
 from .checks import findings
+from .dashboard import dashboard_command, dashboard_environment
 from .demo import Demo, DemoFailed, demo
 from .jobs import InvalidParameter, JobFailed, Value, checked_values, parameters_of, run_job
 from .metrics import WorkerCollector, log_to, serve_metrics, status
@@ -338,6 +339,14 @@ def command_stream(settings: Settings, arguments: argparse.Namespace) -> int:
     intake.source.close()
     return 0
 
+# %% ../../nbs/79_cli.ipynb #8028e0b5
+def command_dashboard(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Serve the desk on loopback until Ctrl-C."""
+    found = addresses_of(settings, say)
+    say(f"dashboard: http://127.0.0.1:{arguments.port}/ (Ctrl-C stops it)")
+    command = dashboard_command(arguments.port)
+    os.execve(command[0], command, dashboard_environment(os.environ, found.postgres))  # noqa: S606 (our own command)
+
 # %% ../../nbs/79_cli.ipynb #4758aaef
 def stop_when(
     worker: Worker,
@@ -428,7 +437,12 @@ def _common(command: argparse.ArgumentParser, *names: str) -> None:
             "metavar": "NAME=VALUE",
             "help": "a parameter of the notebook",
         },
-        "--metrics-port": {"type": int, "metavar": "PORT", "help": "answer Prometheus on this loopback port"},
+        "--metrics-port": {
+            "type": int,
+            "metavar": "PORT",
+            "help": "answer Prometheus; where: FRAUD_METRICS_HOST",
+        },
+        "--port": {"type": int, "default": 8866, "metavar": "PORT", "help": "on loopback (default: 8866)"},
         "--model": {"type": Path, "metavar": "FILE", "help": "a model bundle, instead of the ledger's"},
         "--who": {"default": getpass.getuser(), "help": "who decides; for the ledger"},
         "--why": {"default": "by hand", "help": "for the ledger"},
@@ -455,6 +469,7 @@ def parser() -> argparse.ArgumentParser:
         ("produce", command_produce, "put a file's transactions and labels on the bus"),
         ("simulate", command_simulate, "put a simulated town's transactions and labels on the bus"),
         ("stream", command_stream, "decide transactions from Kafka"),
+        ("dashboard", command_dashboard, "the analyst's desk in a browser: decisions as they happen, and verdicts"),
         ("verify", command_verify, "recompute every logged decision and compare"),
         ("replay", command_replay, "make one decision again and compare"),
     ):
@@ -544,6 +559,7 @@ _ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "produce": _produce_arguments,
     "simulate": _simulate_arguments,
     "stream": _stream_arguments,
+    "dashboard": lambda command: _common(command, "--port"),
     "verify": lambda command: _common(command, "--model"),
     "replay": lambda command: _common(command, "id", "--model"),
 }

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal
 
 # %% ../../nbs/01_config.ipynb #e8f3bd4d
 class InvalidSetting(ValueError):
@@ -55,6 +55,11 @@ SHAPES: Mapping[str, tuple[str, str]] = {  # field: (pattern of the whole value,
     "partitions": (r"0*([1-9]\d?|1\d\d|2[0-4]\d|25[0-6])", "write a whole number from 1 to 256"),
     "partitioner": (r"murmur2|crc32", "write murmur2 (Java, kafka-python) or crc32 (librdkafka)"),
     "retrain_timeout_s": (r"0*[1-9]\d{0,5}", "write whole seconds, from 1 to 999999"),
+    "analyst": (r"[^\x00-\x1f\x7f]{1,100}", "write a name of at most 100 characters"),
+    "metrics_urls": (
+        r"http://[^\s,]+(,http://[^\s,]+)*",
+        "write URLs such as http://127.0.0.1:9100/metrics, several separated by commas",
+    ),
     "mlflow_uri": (r"[a-z][a-z0-9+.-]*:\S+", "write a URI such as http://host:5000 or sqlite:///path/mlflow.db"),
 }
 
@@ -91,6 +96,8 @@ class Settings:
     retrain_cron: str = "0 3 * * *"  # minute, hour, day, month, weekday; UTC; off: never
     retrain_options: str = ""  # of the scheduled retrain, as on the command line
     retrain_timeout_s: int = 7200  # assumption: the full preset takes some minutes on two cores
+    analyst: str = ""  # who gives verdicts at the desk; empty: a proxy says, or nobody may
+    metrics_urls: str = ""  # of the workers, separated by commas
 
     @classmethod
     def from_env(
@@ -99,26 +106,10 @@ class Settings:
     ) -> "Settings":
         """Read, check and freeze."""
         given = read_variables(environment, tuple(field.name for field in fields(cls)))
-        home = Path(given.get("home", ".fraud"))
-        return cls(
-            home=home,
-            kafka=given.get("kafka"),
-            redis=given.get("redis"),
-            postgres=given.get("postgres"),
-            writer_password=given.get("writer_password", ""),
-            reader_password=given.get("reader_password", ""),
-            promoter_password=given.get("promoter_password", ""),
-            analyst_password=given.get("analyst_password", ""),
-            metrics_host=given.get("metrics_host", "127.0.0.1"),
-            default_currency=given.get("default_currency", "EUR"),
-            base_currency=given.get("base_currency", "EUR"),
-            partitions=int(given.get("partitions", "4")),
-            partitioner=cast(Partitioner, given.get("partitioner", "murmur2")),
-            mlflow_uri=given.get("mlflow_uri", f"sqlite:///{home}/mlflow.db"),
-            retrain_cron=given.get("retrain_cron", "0 3 * * *"),
-            retrain_options=given.get("retrain_options", ""),
-            retrain_timeout_s=int(given.get("retrain_timeout_s", "7200")),
-        )
+        home = Path(given.pop("home", ".fraud"))
+        numbers = {field.name for field in fields(cls) if field.type is int}
+        values: dict[str, Any] = {name: int(text) if name in numbers else text for name, text in given.items()}
+        return cls(**{"home": home, "mlflow_uri": f"sqlite:///{home}/mlflow.db", **values})
 
     def masked(self) -> dict[str, str]:  # variable: what `fraud check` may print
         """The effective settings, with every secret covered."""

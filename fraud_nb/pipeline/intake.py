@@ -70,7 +70,7 @@ def take_in(
         if behind:
             _publish_again(intake, behind)
         ahead = [record for record in records if record.offset >= intake.claim.next_offset]
-        if ahead:
+        if ahead or intake.log.verdicts_wait():
             _number(intake, ahead)
         return len(records)
     except (Fenced, Unavailable):
@@ -93,11 +93,13 @@ def _publish_again(intake: Intake, records: Sequence[Record]) -> None:
 
 def _number(intake: Intake, records: Sequence[Record]) -> None:
     admitted, refused = admit_labels(records)
-    following = records[-1].offset + 1
-    intake.log.commit(LabelBatch(admitted, letters_of(refused), intake.claim, following))
+    following = records[-1].offset + 1 if records else intake.claim.next_offset
+    verdicts = intake.log.commit(LabelBatch(admitted, letters_of(refused), intake.claim, following))
     failpoint("labels-committed")
     intake.claim = Claim(intake.claim.epoch, following)
-    intake.labels += len(admitted)
+    intake.labels += len(admitted) + verdicts
     intake.dead_letters += len(refused)
+    if not records:
+        return
     outgoing = [label_letter(record, error.field, error.reason) for record, error in refused]
     intake.sink.publish(outgoing, {0: following}, intake.source.generation())

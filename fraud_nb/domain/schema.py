@@ -6,7 +6,8 @@
 __all__ = ['UNUSUAL_DECIMALS', 'MAX_AMOUNT_MINOR', 'Identifier', 'EventTime', 'Currency', 'Latitude', 'Longitude',
            'MAX_MESSAGE_BYTES', 'Wire', 'LabelSource', 'encode_decision', 'decimals_of', 'InvalidInput',
            'InvalidTransaction', 'InvalidLabel', 'to_minor_units', 'Transaction', 'explain', 'parse', 'is_plain',
-           'decode', 'to_major_units', 'encode', 'Label', 'decode_label', 'Outcome', 'Reason', 'Decision']
+           'decode', 'StatelessRequest', 'decode_request', 'to_major_units', 'encode', 'Label', 'decode_label',
+           'Outcome', 'Reason', 'Decision']
 
 # %% ../../nbs/00_schema.ipynb #166f24d1
 import re
@@ -235,6 +236,56 @@ def decode(
         wire.ip,
         wire.category,
         wire.channel,
+        None if wire.latitude is None else round(wire.latitude * 1e6),
+        None if wire.longitude is None else round(wire.longitude * 1e6),
+    )
+
+# %% ../../nbs/00_schema.ipynb #082e3f06
+class StatelessRequest(msgspec.Struct, frozen=True):
+    """A purchase of nobody in particular."""
+
+    transaction_id: str
+    amount_minor: int
+    currency: str
+    category: str | None = None
+    channel: str | None = None
+    hour: int | None = None
+    day_of_week: int | None = None
+    latitude_e6: int | None = None
+    longitude_e6: int | None = None
+
+
+class _StatelessWire(msgspec.Struct, forbid_unknown_fields=True):
+    transaction_id: Identifier
+    amount: msgspec.Raw
+    currency: Currency | None = None
+    category: Identifier | None = None
+    channel: Identifier | None = None
+    hour: Annotated[int, msgspec.Meta(ge=0, le=23)] | None = None
+    day_of_week: Annotated[int, msgspec.Meta(ge=0, le=6)] | None = None
+    latitude: Latitude | None = None
+    longitude: Longitude | None = None
+
+
+_stateless_decoder = msgspec.json.Decoder(_StatelessWire)
+
+
+def decode_request(message: bytes, default_currency: str) -> Transaction | StatelessRequest:
+    """Either kind of body; raises InvalidTransaction."""
+    if b'"customer_id"' in message or b'"event_time"' in message:
+        return decode(message, default_currency)
+    wire = parse(_stateless_decoder, message, InvalidTransaction)
+    if (wire.latitude is None) != (wire.longitude is None):
+        raise InvalidTransaction("longitude", "half_a_place", "send latitude and longitude together, or neither")
+    currency = wire.currency or default_currency
+    return StatelessRequest(
+        wire.transaction_id,
+        to_minor_units(bytes(wire.amount).decode("ascii", "replace"), currency),
+        currency,
+        wire.category,
+        wire.channel,
+        wire.hour,
+        wire.day_of_week,
         None if wire.latitude is None else round(wire.latitude * 1e6),
         None if wire.longitude is None else round(wire.longitude * 1e6),
     )

@@ -69,6 +69,8 @@ def problem_of(
         return Problem(409, "conflict", "transaction_id", detail)
     if isinstance(error, Overloaded):
         return Problem(503, "overloaded", "message", "ask again in a second, with the same id")
+    if isinstance(error, TimeoutError):
+        return Problem(503, "too_slow", "message", "ask again in a second, with the same id")
     if isinstance(error, Unavailable):
         return Problem(503, "unavailable", "message", "neither log nor bus can take it; ask again, with the same id")
     return FAILED
@@ -84,17 +86,18 @@ class Route(NamedTuple):
     answer: str  # the schema of a 200: a name, or a media type for what is no JSON
     problems: tuple[int, ...] = ()  # statuses that its own work may end with
     limit: int = 0  # bytes of a body
+    deadline_s: float = 5.0  # then it is refused; asked again, with the same id, the answer is the same
     is_open: bool = False  # needs neither key nor a known host
 
 
 MAX_BATCH, MAX_BATCH_BYTES = 1_000, 2 * 1024 * 1024
 ROUTES = (
-    Route("POST", "/predict", "predict", "Decide one purchase", "Reply", (400, 409, 503), MAX_MESSAGE_BYTES),
-    Route("POST", "/predict/batch", "batch", "Decide up to 1,000 purchases", "Replies", (400,), MAX_BATCH_BYTES),
-    Route("GET", "/decisions/{id}", "decision", "What was decided", "Answer", (404, 503)),
-    Route("GET", "/health", "health", "What is up; 503 when nothing can be decided", "Health", (503,)),
-    Route("GET", "/livez", "livez", "Whether the process works", "text/plain", (503,), is_open=True),
-    Route("GET", "/readyz", "readyz", "Whether purchases can be decided", "text/plain", (503,), is_open=True),
+    Route("POST", "/predict", "predict", "Decide one purchase", "Reply", (400, 409), MAX_MESSAGE_BYTES, 2.0),
+    Route("POST", "/predict/batch", "batch", "Decide up to 1,000 purchases", "Replies", (400,), MAX_BATCH_BYTES, 8.0),
+    Route("GET", "/decisions/{id}", "decision", "What was decided", "Answer", (404,)),
+    Route("GET", "/health", "health", "What is up; 503 when nothing can be decided", "Health"),
+    Route("GET", "/livez", "livez", "Whether the process works", "text/plain", is_open=True),
+    Route("GET", "/readyz", "readyz", "Whether purchases can be decided", "text/plain", is_open=True),
     Route("GET", "/metrics", "metrics", "For Prometheus", "text/plain"),
     Route("GET", "/openapi.json", "openapi", "This description", "application/json"),
     Route("GET", "/docs", "docs", "This description, to read", "text/html"),
@@ -222,7 +225,7 @@ def _said(route: Route, status: int) -> Schema:
 def _operation(route: Route) -> Schema:
     """A route in OpenAPI's words."""
     gate = () if route.is_open else (401, 421)
-    statuses = sorted({200, 500, *route.problems, *gate, *((413, 415) if route.limit else ())})
+    statuses = sorted({200, 500, 503, *route.problems, *gate, *((413, 415) if route.limit else ())})
     operation: Schema = {
         "operationId": route.name if route.path != "/" else "home",
         "summary": route.summary,

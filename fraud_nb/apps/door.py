@@ -314,7 +314,8 @@ class Door:
             return
         started_s, route = time.perf_counter(), route_of(scope["path"])
         try:
-            said = await self._answer(route, scope, receive, started_s)
+            async with asyncio.timeout(route.deadline_s if route else None):
+                said = await self._answer(route, scope, receive, started_s)
         except Disconnected:
             return
         except Exception as error:

@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench export lab test clean
+.PHONY: help setup demo bench bento export lab test clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,6 +34,9 @@ demo: setup ## servers, history, a first model, a live stream and its proof (DEM
 
 bench: setup ## the worker beside a record-at-a-time pipeline, on the same servers (some minutes)
 	@$(BIN)/python -m tests.bench.bench
+
+bento: setup ## package the prediction service with the champion inside, for `bentoml serve`
+	@$(BIN)/fraud bento
 
 export: setup ## format the notebooks, write fraud_nb/ from them, clean them
 	$(BIN)/ruff format --quiet nbs

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_TOGETHER', 'MAX_WAITING', 'PAUSE_S', 'SWEEP_S', 'KEPT', 'BUNDLED', 'FILE', 'CONFIG', 'REFUSALS', 'decided',
-           'Waiting', 'next_group', 'tell', 'ThreadTeller', 'now_ms', 'Running', 'NoModel', 'bundled_model',
-           'first_model', 'keep_champion', 'build_bento', 'listening', 'check_exposure', 'refuse', 'start', 'Entrance',
-           'FraudService']
+           'Waiting', 'next_group', 'tell', 'ThreadTeller', 'now_ms', 'Running', 'bundled_model', 'first_model',
+           'keep_champion', 'build_bento', 'listening', 'check_exposure', 'refuse', 'start', 'Entrance', 'FraudService']
 
 # %% ../../nbs/76_service.ipynb #87ce9a0d
 import asyncio
@@ -27,7 +26,7 @@ import bentoml
 import psutil
 from bentoml.exceptions import NotFound
 
-from ..adapters.ledger import LedgerReader
+from ..adapters.ledger import LedgerReader, NoSuchModel
 from ..adapters.ports import Unavailable
 from ..adapters.postgres import SchemaMismatch
 from ..adapters.servers import ServerError, addresses_of
@@ -209,10 +208,6 @@ KEPT, BUNDLED, FILE = (
 )  # in BentoML's store, in a bento, its file
 
 
-class NoModel(RuntimeError):
-    """Neither ledger nor bento has a model."""
-
-
 def bundled_model() -> Model | None:
     """The model in this bento, if this is one; raises BundleError."""
     try:
@@ -224,22 +219,22 @@ def bundled_model() -> Model | None:
 
 
 def first_model(open_champion: Callable[[], Champion]) -> Model:
-    """The champion, or the model in the bento; raises NoModel, BundleError or SchemaMismatch."""
+    """The champion, or the model in the bento; raises NoSuchModel, BundleError or SchemaMismatch."""
     try:
         champion = open_champion().current(None, time.monotonic())
     except Unavailable:
         champion = None
     model = champion or bundled_model()
     if model is None:
-        raise NoModel("no model: the ledger is away or has no champion, and none is bundled (run: fraud bento)")
+        raise NoSuchModel("no model: the ledger is away or has no champion, and none is bundled (run: fraud bento)")
     return model
 
 # %% ../../nbs/76_service.ipynb #5a317144
 def keep_champion(ledger: LedgerReader) -> int:  # its number
-    """Put the champion's bundle into BentoML's store; raises NoModel."""
+    """Put the champion's bundle into BentoML's store; raises NoSuchModel."""
     promotion = ledger.champion()
     if promotion is None:
-        raise NoModel("the ledger has no champion (run: fraud retrain --promote)")
+        raise NoSuchModel("the ledger has no champion (run: fraud retrain --promote)")
     content, sha256 = ledger.bundle(promotion.model_version)
     known = {"model_version": promotion.model_version, "sha256": sha256}
     with bentoml.models.create(KEPT, metadata=known) as stored:
@@ -284,7 +279,7 @@ CONFIG: Mapping[str, Any] = {
     "logging": {"access": {"enabled": False}},
     "tracing": {"excluded_urls": [".*"]},
 }
-REFUSALS = (InvalidSetting, ServerError, SchemaMismatch, BundleError, NoModel, Unavailable)
+REFUSALS = (InvalidSetting, ServerError, SchemaMismatch, BundleError, NoSuchModel, Unavailable)
 
 
 def refuse(error: Exception) -> NoReturn:

@@ -475,6 +475,10 @@ def _simulate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--days", type=int, default=120, metavar="N", help="of the file (default: 120)")
 
 
+def _bento_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", type=Path, metavar="FILE", help="write the bento to a file, too")
+
+
 def _stream_arguments(command: argparse.ArgumentParser) -> None:
     _common(command, "--model")
     command.add_argument("--until-idle", type=float, metavar="S", help="end after S seconds without a record")
@@ -493,9 +497,7 @@ _ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "produce": _produce_arguments,
     "simulate": _simulate_arguments,
     "stream": _stream_arguments,
-    "bento": lambda command: command.add_argument(
-        "--out", type=Path, metavar="FILE", help="write the bento to a file, too"
-    ),
+    "bento": _bento_arguments,
     "verify": lambda command: _common(command, "--model"),
     "replay": lambda command: _common(command, "id", "--model"),
 }

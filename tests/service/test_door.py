@@ -1,4 +1,4 @@
-"""What the service says over HTTP, without servers behind it: routes, refusals, limits, batches, and no value anywhere."""
+"""What the service says over HTTP, without servers behind it: routes, refusals, limits, batches, no value anywhere."""
 
 import json
 import logging

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, NoReturn
@@ -187,14 +188,16 @@ class Running:
         self._predictor.close()
 
     def _follow(self) -> None:
+        self._ended.wait(PAUSE_S)
         if self._champion is None:
-            self._champion = self._open_champion()
+            with suppress(Unavailable):  # the model there is goes on
+                self._champion = self._open_champion()
+            return
         working = self._predictor.model
         newest = self._champion.current(working, time.monotonic())
         if newest is not None and newest is not working:
             self.teller.exchange(newest)
             self._log.info("model", extra={"fields": {"model_version": newest.version}})
-        self._ended.wait(PAUSE_S)
 
     def _sweep(self) -> None:
         self._predictor.sweep(now_ms())
@@ -287,7 +290,7 @@ def refuse(error: Exception) -> NoReturn:
     say(f"fraud: {error}")
     if "BENTOML_RUNNER_MAP" in os.environ:  # set by the supervisor
         os.kill(os.getppid(), signal.SIGTERM)
-    raise SystemExit(1)
+    os._exit(1)  # nothing was opened; an exception would be told three times, with a page of BentoML's own code
 
 
 def start(environment: Mapping[str, str]) -> Running:

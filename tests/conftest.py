@@ -64,4 +64,13 @@ def own_database(
         owner.close()
 
 
+@contextmanager
+def tampering(postgres: str) -> Iterator[psycopg2.extensions.cursor]:
+    """Change what nobody may change: as the owner, and with the triggers off."""
+    options = "-c session_replication_role=replica"
+    with psycopg2.connect(postgres, options=options) as connection, connection.cursor() as cursor:
+        yield cursor
+    connection.close()
+
+
 private_servers = pytest.fixture(scope="module", name="private_servers")(running_servers)  # a test module's own

@@ -32,14 +32,14 @@ def remembered_partition(
     return partition_of
 
 # %% ../../nbs/49_feed.ipynb #e590e1c6
-def _connected(bootstrap: str, deadline_ms: int) -> Any:
+def _connected(bootstrap: str, deadline_ms: int, linger_ms: int) -> Any:
     """A producer that is ready; raises BusUnavailable."""
     try:
         return KafkaProducer(
             bootstrap_servers=bootstrap.split(","),
             acks="all",
             enable_idempotence=True,
-            linger_ms=5,
+            linger_ms=linger_ms,
             max_request_size=2 * LARGEST_RECORD,  # the topic's own limit is the broker's to hold
             max_block_ms=deadline_ms,
             bootstrap_timeout_ms=deadline_ms,
@@ -61,24 +61,31 @@ class KafkaFeed:
         bootstrap: str,  # host:port, several separated by commas
         partition_of: Callable[[bytes], int],  # for records that name no partition
         deadline_s: float = DEADLINE_S,  # of the connection, of a wait in `send`, and of `flush`
+        linger_ms: int = 5,  # how long a record waits for others
     ) -> None:
         self._partition_of, self._deadline_s = partition_of, deadline_s
         self._places = BoundedSemaphore(UNDER_WAY)
         self._failed = ""  # the first error
-        self._producer = _connected(bootstrap, int(deadline_s * 1e3))
+        self._producer = _connected(bootstrap, int(deadline_s * 1e3), linger_ms)
 
     def _fail(self, error: BaseException) -> None:
         self._failed = self._failed or type(error).__name__
         self._places.release()
 
-    def _arrived(self, _: object) -> None:
+    def _arrived(self, arrived: Callable[[int], None] | None, offset: int) -> None:
         self._places.release()
+        if arrived is not None:
+            arrived(offset)
 
     def _check(self) -> None:
         if self._failed:
             raise BusUnavailable(f"Kafka: send: {self._failed}; some records may not have arrived")
 
-    def send(self, record: Outgoing) -> None:
+    def send(
+        self,
+        record: Outgoing,
+        arrived: Callable[[int], None] | None = None,  # told the offset, in another thread
+    ) -> None:
         """Hand it over; raises BusUnavailable, also for a record sent before."""
         self._check()
         partition = self._partition_of(record.key or b"") if record.partition is None else record.partition
@@ -92,7 +99,7 @@ class KafkaFeed:
             self._fail(error)
             self._check()
         else:
-            sent.add_callback(self._arrived)
+            sent.add_callback(lambda metadata: self._arrived(arrived, metadata.offset))
             sent.add_errback(self._fail)
 
     def flush(self) -> None:

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['TRANSACTIONS', 'LABELS', 'PREDICTIONS', 'DEAD_LETTERS', 'DEADLINE_S', 'LARGEST_RECORD', 'Partitions', 'LARGEST_BATCH',
            'WrongPartitionCount', 'check_partitions', 'create_topics', 'murmur2_partitions', 'crc32_partitions',
-           'record_of', 'KafkaSource', 'RecordTooLarge', 'within_deadline', 'batches_of', 'hand_over', 'KafkaSink',
-           'topic_ends', 'read_topic']
+           'record_of', 'Standing', 'KafkaSource', 'RecordTooLarge', 'within_deadline', 'batches_of', 'hand_over',
+           'KafkaSink', 'TopicEnds', 'topic_ends', 'read_topic']
 
 # %% ../../nbs/44_kafka_bus.ipynb #0bfd57aa
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -161,24 +161,30 @@ def record_of(
     return Record(*place, fetched.key, fetched.value, tuple(fetched.headers))
 
 
+class Standing(NamedTuple):
+    """What we are in the group."""
+
+    generation: int  # counts up
+    identity: ConsumerGroupMetadata | None  # None: nothing is assigned
+    partitions: frozenset[int]
+
+
 class _Membership(ConsumerRebalanceListener):  # type: ignore[misc]
-    """What the group gave us, taken down at the moment it was given."""
+    """What the group gave us, taken down at the moment it was given; another thread may look at `standing`."""
 
     def __init__(self, consumer: Any) -> None:
         self.consumer = consumer
-        self.generation = 0
-        self.identity: ConsumerGroupMetadata | None = None
+        self.standing = Standing(0, None, frozenset())
 
     def on_partitions_revoked(self, revoked: Sequence[TopicPartition]) -> None:
-        self.generation += 1
-        self.identity = None
+        self.standing = Standing(self.standing.generation + 1, None, frozenset())
 
     def on_partitions_lost(self, lost: Sequence[TopicPartition]) -> None:
         self.on_partitions_revoked(lost)
 
     def on_partitions_assigned(self, assigned: Sequence[TopicPartition]) -> None:
-        self.generation += 1
-        self.identity = self.consumer.group_metadata()
+        owned = frozenset(partition.partition for partition in self.consumer.assignment())
+        self.standing = Standing(self.standing.generation + 1, self.consumer.group_metadata(), owned)
         for partition in assigned:
             self.consumer.pause(partition)
             self.consumer.seek(partition, 0)  # any position: without one, the client would raise or choose its own
@@ -213,19 +219,17 @@ class _Member:
             self._membership = _Membership(self._consumer)
             self._consumer.subscribe([topic], listener=self._membership)
 
-    def identity(self) -> ConsumerGroupMetadata | None:
-        """Member and generation as they were at the last assignment; None while nothing is assigned."""
-        return self._membership.identity
+    def standing(self) -> Standing:
+        """Member and partitions as they were at the last assignment; from any thread."""
+        return self._membership.standing
 
     def assigned(self) -> frozenset[int]:
         """Partitions owned now."""
-        if self._membership.identity is None:
-            return frozenset()
-        return frozenset(partition.partition for partition in self._consumer.assignment())
+        return self.standing().partitions
 
     def generation(self) -> int:
         """Changes with every rebalance, in `poll` only."""
-        return self._membership.generation
+        return self.standing().generation
 
     def committed(self, partition: int) -> int:
         """The group's committed offset, asked of the broker; 0 if there is none."""
@@ -424,10 +428,10 @@ class KafkaSink(_Producer):
         with _unavailable("start of the producer"):
             within_deadline(self.start, 2 * deadline_s)
 
-    def publish(self, records: Sequence[Outgoing], next_offsets: Mapping[int, int]) -> None:
-        """All or nothing; raises Fenced, BusUnavailable (outcome unknown) and RecordTooLarge."""
-        identity = self._source.identity()
-        if self._taken_over or identity is None or not self._source.assigned() >= set(next_offsets):
+    def publish(self, records: Sequence[Outgoing], next_offsets: Mapping[int, int], generation: int) -> None:
+        """All or nothing, from any thread; raises Fenced, BusUnavailable (outcome unknown) and RecordTooLarge."""
+        now, identity, partitions = self._source.standing()
+        if self._taken_over or identity is None or now != generation or not partitions >= set(next_offsets):
             raise Fenced("this worker's partitions or its transactional id belong to someone else now")
         if self._unsettled:
             with _unavailable("start of the producer"):
@@ -472,6 +476,30 @@ def _onlooker(bootstrap: str, topic: str) -> Iterator[tuple[Any, list[TopicParti
             )
         finally:
             consumer.close(autocommit=False)
+
+
+class TopicEnds:
+    """Looks at where a topic ends, again and again, on one connection."""
+
+    def __init__(
+        self,
+        bootstrap: str,  # host:port, several separated by commas
+        topic: str,
+        deadline_s: float = 2.0,  # of each look
+    ) -> None:
+        self._deadline_ms = int(deadline_s * 1e3)
+        with _unavailable(f"read topic {topic}"):
+            self._consumer = KafkaConsumer(
+                bootstrap_servers=bootstrap.split(","), group_id=None, enable_auto_commit=False,
+                isolation_level="read_committed", bootstrap_timeout_ms=self._deadline_ms,
+            )  # fmt: skip
+            self._places = [TopicPartition(topic, part) for part in self._consumer.partitions_for_topic(topic) or ()]
+
+    def __call__(self) -> dict[int, int]:  # partition: offset of the next committed record
+        """Where it ends now; raises BusUnavailable."""
+        with _unavailable("ends of a topic"):
+            ends = self._consumer.end_offsets(self._places, timeout_ms=self._deadline_ms)
+        return {place.partition: end for place, end in ends.items()}
 
 
 def topic_ends(

@@ -121,9 +121,9 @@ class MemorySink:
         self.published: list[Outgoing] = []
         self._source = source
 
-    def publish(self, records: Sequence[Outgoing], next_offsets: Mapping[int, int]) -> None:
+    def publish(self, records: Sequence[Outgoing], next_offsets: Mapping[int, int], generation: int) -> None:
         """Records and offsets together; raises Fenced."""
-        if not self._source.owns(next_offsets):
+        if generation != self._source.generation() or not self._source.owns(next_offsets):
             raise Fenced("the group has moved on since this member's last poll")
         self.published += records
         self._source.offsets.update(next_offsets)

@@ -95,6 +95,7 @@ class Sink(Protocol):
         self,
         records: Sequence[Outgoing],
         next_offsets: Mapping[int, int],  # partition of the source: the group's offset after these records
+        generation: int,  # of the source, when its partitions were claimed
     ) -> None:
         """All records and offsets become visible together, or none; raises Fenced or BusUnavailable."""
 

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['UNUSUAL_DECIMALS', 'MAX_AMOUNT_MINOR', 'Identifier', 'EventTime', 'Currency', 'Latitude', 'Longitude',
            'MAX_MESSAGE_BYTES', 'Wire', 'LabelSource', 'encode_decision', 'decimals_of', 'InvalidInput',
-           'InvalidTransaction', 'InvalidLabel', 'to_minor_units', 'Transaction', 'explain', 'parse', 'is_plain',
-           'decode', 'StatelessRequest', 'decode_request', 'to_major_units', 'encode', 'Label', 'decode_label',
-           'Outcome', 'Reason', 'Decision']
+           'InvalidTransaction', 'InvalidLabel', 'to_minor_units', 'Transaction', 'explain', 'parse', 'micro_degrees',
+           'is_plain', 'decode', 'to_major_units', 'encode', 'StatelessRequest', 'is_stateless', 'decode_request',
+           'payload_hash', 'Label', 'decode_label', 'Outcome', 'Reason', 'Decision']
 
 # %% ../../nbs/00_schema.ipynb #166f24d1
+import hashlib
 import re
 from collections.abc import Collection, Mapping
 from enum import StrEnum
@@ -98,7 +99,7 @@ Latitude = Annotated[float, msgspec.Meta(ge=-90.0, le=90.0)]
 Longitude = Annotated[float, msgspec.Meta(ge=-180.0, le=180.0)]
 
 
-class Transaction(msgspec.Struct, frozen=True, gc=False):
+class Transaction(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """One purchase attempt, as every layer above the door sees it."""
 
     transaction_id: str
@@ -136,12 +137,18 @@ _COMPLAINTS: tuple[tuple[str, str, str], ...] = (  # msgspec 0.2x wording, reaso
     ("missing required field", "missing", "the field is required"),
     ("`str` of length", "bad_text", "1 to 64 characters"),
     ("matching regex", "bad_text", "1 to 64 characters without control characters; currency is three capitals"),
-    ("Expected `int` >=", "out_of_range", "milliseconds UTC from 2000 to 2100"),
-    ("Expected `int` <=", "out_of_range", "milliseconds UTC from 2000 to 2100"),
+    ("Expected `int` >=", "out_of_range", "a number within the field's range"),
+    ("Expected `int` <=", "out_of_range", "a number within the field's range"),
     ("out of range", "out_of_range", "a number within the field's range"),
     ("Expected `float`", "out_of_range", "degrees: latitude -90 to 90, longitude -180 to 180"),
     ("Expected", "wrong_type", "see the schema for the field's type"),
 )
+_RANGES = {  # of whole numbers
+    "event_time": "milliseconds UTC from 2000 to 2100",
+    "label_time": "milliseconds UTC from 2000 to 2100",
+    "hour": "0 to 23",
+    "day_of_week": "0 (Monday) to 6",
+}
 _FIELD = re.compile(r"\$\.([a-z_0-9]+)")
 _NAMED_FIELD = re.compile(r"required field `([a-z_0-9]+)`")
 MAX_MESSAGE_BYTES = 65_536
@@ -164,7 +171,7 @@ def explain(
         if fragment in text:
             if reason == "out_of_range" and "got `" in text:
                 return kind(field, "wrong_type", "a number, not text")
-            return kind(field, reason, remedy)
+            return kind(field, reason, _RANGES.get(field, remedy) if reason == "out_of_range" else remedy)
     return kind(field, "not_json", "one JSON object in UTF-8")
 
 # %% ../../nbs/00_schema.ipynb #16de8fc6
@@ -185,6 +192,18 @@ def parse(
         return decoder.decode(message)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise explain(error, kind, decoder.type.__struct_fields__) from None
+
+# %% ../../nbs/00_schema.ipynb #9d1e0009
+def micro_degrees(
+    latitude: float | None,  # degrees
+    longitude: float | None,
+) -> tuple[int, int] | tuple[None, None]:
+    """A place as a transaction holds it; raises InvalidTransaction on half of one."""
+    if latitude is not None and longitude is not None:
+        return round(latitude * 1e6), round(longitude * 1e6)
+    if latitude is not None or longitude is not None:
+        raise InvalidTransaction("longitude", "half_a_place", "send latitude and longitude together, or neither")
+    return None, None
 
 # %% ../../nbs/00_schema.ipynb #6ca4a8a1
 _PlainText = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
@@ -222,8 +241,6 @@ def decode(
         if is_plain(message)
         else parse(_transaction_decoder, message, InvalidTransaction)
     )
-    if (wire.latitude is None) != (wire.longitude is None):
-        raise InvalidTransaction("longitude", "half_a_place", "send latitude and longitude together, or neither")
     currency = wire.currency or default_currency
     return Transaction(
         wire.transaction_id,
@@ -236,58 +253,7 @@ def decode(
         wire.ip,
         wire.category,
         wire.channel,
-        None if wire.latitude is None else round(wire.latitude * 1e6),
-        None if wire.longitude is None else round(wire.longitude * 1e6),
-    )
-
-# %% ../../nbs/00_schema.ipynb #082e3f06
-class StatelessRequest(msgspec.Struct, frozen=True):
-    """A purchase of nobody in particular."""
-
-    transaction_id: str
-    amount_minor: int
-    currency: str
-    category: str | None = None
-    channel: str | None = None
-    hour: int | None = None
-    day_of_week: int | None = None
-    latitude_e6: int | None = None
-    longitude_e6: int | None = None
-
-
-class _StatelessWire(msgspec.Struct, forbid_unknown_fields=True):
-    transaction_id: Identifier
-    amount: msgspec.Raw
-    currency: Currency | None = None
-    category: Identifier | None = None
-    channel: Identifier | None = None
-    hour: Annotated[int, msgspec.Meta(ge=0, le=23)] | None = None
-    day_of_week: Annotated[int, msgspec.Meta(ge=0, le=6)] | None = None
-    latitude: Latitude | None = None
-    longitude: Longitude | None = None
-
-
-_stateless_decoder = msgspec.json.Decoder(_StatelessWire)
-
-
-def decode_request(message: bytes, default_currency: str) -> Transaction | StatelessRequest:
-    """Either kind of body; raises InvalidTransaction."""
-    if b'"customer_id"' in message or b'"event_time"' in message:
-        return decode(message, default_currency)
-    wire = parse(_stateless_decoder, message, InvalidTransaction)
-    if (wire.latitude is None) != (wire.longitude is None):
-        raise InvalidTransaction("longitude", "half_a_place", "send latitude and longitude together, or neither")
-    currency = wire.currency or default_currency
-    return StatelessRequest(
-        wire.transaction_id,
-        to_minor_units(bytes(wire.amount).decode("ascii", "replace"), currency),
-        currency,
-        wire.category,
-        wire.channel,
-        wire.hour,
-        wire.day_of_week,
-        None if wire.latitude is None else round(wire.latitude * 1e6),
-        None if wire.longitude is None else round(wire.longitude * 1e6),
+        *micro_degrees(wire.latitude, wire.longitude),
     )
 
 # %% ../../nbs/00_schema.ipynb #16675c35
@@ -324,6 +290,85 @@ def encode(
         body["latitude"] = transaction.latitude_e6 / 1e6
         body["longitude"] = transaction.longitude_e6 / 1e6
     return _encode_json(body)
+
+# %% ../../nbs/00_schema.ipynb #9d1e0002
+class StatelessRequest(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """A payment without a customer."""
+
+    transaction_id: str
+    amount_minor: int  # minor units of `currency`
+    currency: str  # ISO 4217
+    category: str | None = None
+    channel: str | None = None
+    hour: int | None = None  # 0 to 23, UTC
+    day_of_week: int | None = None  # 0 = Monday
+    latitude_e6: int | None = None  # micro-degrees north
+    longitude_e6: int | None = None  # micro-degrees east
+
+
+class _StatelessWire(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """Its JSON body."""
+
+    transaction_id: Identifier
+    amount: msgspec.Raw
+    currency: Currency | None = None
+    category: Identifier | None = None
+    channel: Identifier | None = None
+    hour: Annotated[int, msgspec.Meta(ge=0, le=23)] | None = None
+    day_of_week: Annotated[int, msgspec.Meta(ge=0, le=6)] | None = None
+    latitude: Latitude | None = None
+    longitude: Longitude | None = None
+
+
+class _Sender(msgspec.Struct, gc=False):
+    """What tells the two kinds of request apart; whatever it holds."""
+
+    customer_id: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    merchant_id: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    event_time: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+_stateless_decoder, _sender_decoder = msgspec.json.Decoder(_StatelessWire), msgspec.json.Decoder(_Sender)
+
+# %% ../../nbs/00_schema.ipynb #9d1e0003
+def is_stateless(
+    message: bytes | None,
+) -> bool:
+    """Whether it is an object that names neither customer nor shop nor time."""
+    if message is None or len(message) > MAX_MESSAGE_BYTES:
+        return False
+    try:
+        return _sender_decoder.decode(message) == _Sender()
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return False
+
+
+def decode_request(
+    message: bytes | None,  # the body of an HTTP request
+    default_currency: str = "EUR",  # for messages that name none
+) -> Transaction | StatelessRequest:
+    """What is asked about; raises InvalidTransaction."""
+    if not is_stateless(message):
+        return decode(message, default_currency)
+    wire = parse(_stateless_decoder, message, InvalidTransaction)
+    currency = wire.currency or default_currency
+    return StatelessRequest(
+        wire.transaction_id,
+        to_minor_units(bytes(wire.amount).decode("ascii", "replace"), currency),
+        currency,
+        wire.category,
+        wire.channel,
+        wire.hour,
+        wire.day_of_week,
+        *micro_degrees(wire.latitude, wire.longitude),
+    )
+
+# %% ../../nbs/00_schema.ipynb #9d1e0007
+def payload_hash(
+    request: Transaction | StatelessRequest,
+) -> bytes:  # 16 bytes: BLAKE2b of the fields that are there, in the order of the schema
+    """What "the same payload" means."""
+    return hashlib.blake2b(_encode_json(request), digest_size=16).digest()
 
 # %% ../../nbs/00_schema.ipynb #4942f430
 LabelSource = Literal["chargeback", "analyst", "rule", "customer"]

@@ -18,18 +18,17 @@ from typing import NamedTuple
 
 from ..adapters.postgres import HistoryLoader, Logged, LogReader
 from ..domain.money import Rates
-from ..domain.schema import Label, Transaction, encode, to_major_units
+from ..domain.schema import Label, Transaction, payload_hash, to_major_units
 from ..learning.dataset import Labelled
 from ..learning.simulate import World, labelled, simulate
 from .files import FileMap, rows_of
-from ..pipeline.stream import Partitioner, payload_hash
+from ..pipeline.stream import Partitioner
 
 # %% ../../nbs/62_backfill.ipynb #6697cdb2
 class Past(NamedTuple):
     """One transaction of the history."""
 
     transaction: Transaction
-    payload: bytes  # the message as it would have come over the topic; its hash tells a repeat from a conflict
     labels: tuple[Label, ...]  # in the order they came in
 
 
@@ -39,7 +38,7 @@ def simulated_past(
     """The days of a simulated town, with every claim that will ever be made about them."""
     for chunk in simulate(world):
         for transaction, claims in labelled(chunk):
-            yield Past(transaction, encode(transaction), claims)
+            yield Past(transaction, claims)
 
 
 def file_past(
@@ -52,10 +51,10 @@ def file_past(
     """The valid rows of a file, each id once; raises InvalidFile. What is refused is told by `files.check`."""
     seen: set[str] = set()
     for batch in rows_of(path, file_map, start_ms, stop_ms, default_currency):
-        for _, message, transaction, label in batch.rows:
+        for _, _, transaction, label in batch.rows:
             if transaction.transaction_id not in seen:
                 seen.add(transaction.transaction_id)
-                yield Past(transaction, message, () if label is None else (label,))
+                yield Past(transaction, () if label is None else (label,))
 
 # %% ../../nbs/62_backfill.ipynb #74029b00
 def _by_clock(rows: Iterable[Logged]) -> Iterator[tuple[int, Transaction]]:
@@ -78,7 +77,7 @@ def logged_past(
         for partition, logged in sorted(log.progress().items())
     ]
     for _, transaction in heapq.merge(*partitions, key=itemgetter(0)):
-        yield Past(transaction, b"", tuple(labels.get(transaction.transaction_id, ())))
+        yield Past(transaction, tuple(labels.get(transaction.transaction_id, ())))
 
 
 def known_by(
@@ -101,7 +100,7 @@ def write_past(
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(header)
-        for count, (transaction, _, labels) in enumerate(history, 1):  # noqa: B007 (the number of the last row is told)
+        for count, (transaction, labels) in enumerate(history, 1):  # noqa: B007 (the number of the last row is told)
             place = (transaction.latitude_e6, transaction.longitude_e6)
             degrees = ("" if part is None else repr(part / 1e6) for part in place)
             known = (int(labels[-1].is_fraud), labels[-1].label_time) if labels else ("", "")
@@ -148,9 +147,10 @@ def number_history(
 ) -> Iterator[tuple[Logged, Sequence[Label]]]:
     """The rows of the log, with the labels that belong to them."""
     following = {partition: -count for partition, count in counted.items()}
-    for (transaction, payload, labels), home in _with_partition(history, partitions, partitioner):
+    for (transaction, labels), home in _with_partition(history, partitions, partitioner):
         amount = rates.to_base(transaction.amount_minor, transaction.currency)
-        row = Logged(home, following[home], transaction, amount, payload_hash(payload), transaction.event_time, None)
+        now, digest = transaction.event_time, payload_hash(transaction)
+        row = Logged(home, following[home], transaction, amount, digest, now, None, "backfill")
         following[home] += 1
         yield row, labels
 

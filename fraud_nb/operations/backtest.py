@@ -17,12 +17,9 @@ from ..adapters.postgres import Logged, LogReader
 from ..decision.judge import Model
 from ..domain.money import Rates
 from ..domain.schema import Outcome
-from ..features.fold import fold
 from ..features.profile import Profiles
 from ..learning.dataset import Labelled, fold_history
-from ..pipeline.sharing import told_then
-from ..pipeline.stream import events_of_rows
-from ..pipeline.verify import ModelOf
+from ..pipeline.verify import ModelOf, walk
 
 # %% ../../nbs/63_backtest.ipynb #74c6fb6a
 @dataclass(frozen=True, slots=True)
@@ -77,10 +74,7 @@ def backtest(
     stored, again = list[float](), list[float]()
     outcomes: list[Outcome] = []
     for partition, logged in sorted(log.progress().items()):
-        profiles = Profiles()
-        for page in log.read(partition, log.first_offset(partition), logged):
-            customers = [row.transaction.customer_id for row in page]
-            vectors = fold(profiles, customers, events_of_rows(page), told_then(page))
+        for page, vectors in walk(log, partition, logged, Profiles()):
             mine = [
                 (place, row, row.judgement)
                 for place, row in enumerate(page)

@@ -88,7 +88,7 @@ def _publish_again(intake: Intake, records: Sequence[Record]) -> None:
     mine = {record.offset: record for record in records}
     letters = intake.log.read_dead_letters(min(mine), max(mine) + 1)
     outgoing = [label_letter(mine[offset], field, reason) for offset, field, reason in letters]
-    intake.sink.publish(outgoing, {0: max(mine) + 1})
+    intake.sink.publish(outgoing, {0: max(mine) + 1}, intake.source.generation())
 
 
 def _number(intake: Intake, records: Sequence[Record]) -> None:
@@ -100,4 +100,4 @@ def _number(intake: Intake, records: Sequence[Record]) -> None:
     intake.labels += len(admitted)
     intake.dead_letters += len(refused)
     outgoing = [label_letter(record, error.field, error.reason) for record, error in refused]
-    intake.sink.publish(outgoing, {0: following})
+    intake.sink.publish(outgoing, {0: following}, intake.source.generation())

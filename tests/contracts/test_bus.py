@@ -85,7 +85,7 @@ class KafkaBus:
         self.admin.delete_records({TopicPartition(self.topic, partition): offset})
 
     def expel(self) -> None:
-        identity = self.member.identity()
+        identity = self.member.standing().identity
         assert identity is not None
         self.admin.remove_group_members(self.group, [MemberToRemove(member_id=identity.member_id)])
 
@@ -169,9 +169,9 @@ def test_published_with_offsets(bus: Bus) -> None:
     bus.append(0, [b"0", b"1"])
     join(bus)
     assert (bus.source.committed(0), bus.source.committed(1)) == (0, 0)
-    bus.sink.publish(outgoing(bus, b"a", b"b"), {0: 2})
-    bus.sink.publish(outgoing(bus, b"c"), {0: 2, 1: 0})
-    bus.sink.publish([], {0: 1})
+    bus.sink.publish(outgoing(bus, b"a", b"b"), {0: 2}, bus.source.generation())
+    bus.sink.publish(outgoing(bus, b"c"), {0: 2, 1: 0}, bus.source.generation())
+    bus.sink.publish([], {0: 1}, bus.source.generation())
     assert bus.published() == [b"a", b"b", b"c"]
     assert (bus.source.committed(0), bus.source.committed(1)) == (1, 0)
 
@@ -182,15 +182,15 @@ def test_expelled_member_is_fenced_and_begins_again(bus: Bus) -> None:
     bus.source.seek(0, 0)
     assert len(read(bus, 2)) == 2
     generation = bus.source.generation()
-    bus.sink.publish(outgoing(bus, b"before"), {0: 1})
+    bus.sink.publish(outgoing(bus, b"before"), {0: 1}, bus.source.generation())
     bus.expel()
     with pytest.raises(Fenced):
-        bus.sink.publish(outgoing(bus, b"zombie"), {0: 2})
+        bus.sink.publish(outgoing(bus, b"zombie"), {0: 2}, generation)
     join(bus, after=generation)
     assert bus.source.committed(0) == 1
     bus.source.seek(0, 1)
     assert [record.offset for record in read(bus, 1)] == [1]
-    bus.sink.publish(outgoing(bus, b"after"), {0: 2})
+    bus.sink.publish(outgoing(bus, b"after"), {0: 2}, bus.source.generation())
     assert bus.published() == [b"before", b"after"]
     assert bus.source.committed(0) == 2
 
@@ -202,7 +202,7 @@ def test_foreign_partition_is_refused(bus: Bus) -> None:
     with pytest.raises(Fenced):
         bus.source.seek(9, 0)
     with pytest.raises(Fenced):
-        bus.sink.publish(outgoing(bus, b"a"), {9: 1})
+        bus.sink.publish(outgoing(bus, b"a"), {9: 1}, bus.source.generation())
     assert bus.published() == []
 
 
@@ -242,13 +242,21 @@ def test_whole_batches_carry_what_send_carries(servers: Any) -> None:
         (b"", b"", (("a", b""), ("\u00fc", b"\xff"))),
     ]
     sent += [(b"k%d" % number, rng.bytes(int(rng.integers(9_000))), (("n", b"%d" % number),)) for number in range(300)]
-    bus.sink.publish([Outgoing(bus.output, 0, *record) for record in sent], {0: 0})  # in whole batches
-    bus.sink.publish([Outgoing(bus.output, None, *record) for record in sent], {0: 0})  # one by one
+    bus.sink.publish(
+        [Outgoing(bus.output, 0, *record) for record in sent], {0: 0}, bus.source.generation()
+    )  # in whole batches
+    bus.sink.publish(
+        [Outgoing(bus.output, None, *record) for record in sent], {0: 0}, bus.source.generation()
+    )  # one by one
     found = read_topic(servers.kafka, bus.output)
     assert [(record.key, record.value, record.headers) for record in found] == [*sent, *sent]
     for size in (LARGEST_RECORD + 1, 3 * LARGEST_RECORD):  # refused by the broker, and by the client
         with pytest.raises(RecordTooLarge):
-            bus.sink.publish([Outgoing(bus.output, 0, b"ada", value) for value in (b"small", b"x" * size)], {0: 1})
+            bus.sink.publish(
+                [Outgoing(bus.output, 0, b"ada", value) for value in (b"small", b"x" * size)],
+                {0: 1},
+                bus.source.generation(),
+            )
     assert bus.source.committed(0) == 0
     assert len(read_topic(servers.kafka, bus.output)) == 2 * len(sent)
     bus.close()
@@ -257,12 +265,12 @@ def test_whole_batches_carry_what_send_carries(servers: Any) -> None:
 def test_second_sink_fences_the_first(servers: Any) -> None:
     bus = KafkaBus(servers.kafka)
     join(bus)
-    bus.sink.publish(outgoing(bus, b"first"), {0: 0})
+    bus.sink.publish(outgoing(bus, b"first"), {0: 0}, bus.source.generation())
     second = KafkaSink(servers.kafka, bus.member, bus.worker)
     for _ in range(2):  # for good: it must not fence the second in turn
         with pytest.raises(Fenced):
-            bus.sink.publish(outgoing(bus, b"zombie"), {0: 0})
-    second.publish(outgoing(bus, b"second"), {0: 0})
+            bus.sink.publish(outgoing(bus, b"zombie"), {0: 0}, bus.source.generation())
+    second.publish(outgoing(bus, b"second"), {0: 0}, bus.source.generation())
     assert bus.published() == [b"first", b"second"]
     second.close()
     bus.close()

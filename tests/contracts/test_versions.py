@@ -158,7 +158,14 @@ def test_history_is_within_the_first_version(shop: Shop, dsn: str) -> None:
     rows = [
         (
             Logged(
-                0, number - 3, Transaction(f"h{number}", "ada", NOON + number, 100, "EUR", "gold"), 100, b"", 0, None
+                0,
+                number - 3,
+                Transaction(f"h{number}", "ada", NOON + number, 100, "EUR", "gold"),
+                100,
+                b"",
+                0,
+                None,
+                "backfill",
             ),
             [],
         )

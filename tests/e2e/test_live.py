@@ -30,6 +30,7 @@ from fraud_nb.features.catalogue import FEATURE_NAMES
 from fraud_nb.features.windows import MINUTE_MS
 from fraud_nb.pipeline.champion import Shelf
 from fraud_nb.pipeline.replay import replay
+from tests.conftest import tampering
 from tests.e2e.stream_kit import MAIN, NOON, fraud, produce, purchase, small_model
 
 ROOT = Path(__file__).parents[2]
@@ -278,10 +279,10 @@ def test_a_decision_is_made_again(shop: Shop) -> None:
         ("features = set_byte(features, 9, get_byte(features, 9) # 1)", "features differs"),
         ("probability = probability + 1e-9", "probability differs"),
     ):
-        with psycopg2.connect(shop.postgres) as connection, connection.cursor() as cursor:
+        with tampering(shop.postgres) as cursor:
             cursor.execute("CREATE TEMP TABLE kept AS SELECT * FROM decisions WHERE transaction_id = %s", (ids[0],))
             cursor.execute(f"UPDATE decisions SET {change} WHERE transaction_id = %s", (ids[0],))
-            connection.commit()
+            cursor.connection.commit()
             told = fraud(shop.environment, "replay", ids[0])
             assert told.returncode == 1 and stage in told.stderr
             cursor.execute(

@@ -21,7 +21,7 @@ from fraud_nb.adapters.postgres import migrate
 from fraud_nb.adapters.servers import find, servers, up
 from fraud_nb.domain.schema import InvalidTransaction, decode
 from fraud_nb.features.tiles import COUNT_24H, FRAUDS_60D, WIDTH
-from tests.conftest import quiet
+from tests.conftest import quiet, tampering
 from tests.e2e.stream_kit import MAIN, fraud, hostile_labels, hostile_stream, produce, small_model
 
 FAILPOINTS = ("claimed", "rolled-forward", "version-closed", "decided", "committed", "saved", "published")
@@ -224,13 +224,13 @@ def test_verify_names_what_a_decision_should_have_been_told(system: System) -> N
         f'SELECT transaction_id, partition, "offset" FROM decisions WHERE transaction_id = ({ident})'
     )
     flip = "UPDATE decisions SET shared = set_byte(shared, 0, get_byte(shared, 0) # 1) WHERE transaction_id = %s"
-    with psycopg2.connect(system.postgres) as connection, connection.cursor() as cursor:
+    with tampering(system.postgres) as cursor:
         cursor.execute(flip, (ident,))
     done = fraud(system.environment, "verify", "--model", system.model)
     assert done.returncode == 1
     assert f"features differs at partition {partition}, offset {offset}" in done.stderr
     assert "verify: 2 mismatches" in done.stderr
-    with psycopg2.connect(system.postgres) as connection, connection.cursor() as cursor:
+    with tampering(system.postgres) as cursor:
         cursor.execute(flip, (ident,))
 
 
@@ -239,12 +239,12 @@ def test_verify_names_the_first_difference(system: System) -> None:
     ((partition, offset),) = system.rows("SELECT partition, \"offset\" FROM decisions WHERE transaction_id = 't000042'")
     flip = "UPDATE decisions SET features = set_byte(features, 9, get_byte(features, 9) # 1)"
     flip += " WHERE transaction_id = 't000042'"
-    with psycopg2.connect(system.postgres) as connection, connection.cursor() as cursor:
+    with tampering(system.postgres) as cursor:
         cursor.execute(flip)
     done = fraud(system.environment, "verify", "--model", system.model)
     assert done.returncode == 1
     assert f"features differs at partition {partition}, offset {offset}" in done.stderr
-    with psycopg2.connect(system.postgres) as connection, connection.cursor() as cursor:
+    with tampering(system.postgres) as cursor:
         cursor.execute(flip)
 
 

@@ -30,9 +30,10 @@ from bentoml.exceptions import NotFound
 from ..adapters.ledger import LedgerReader, NoSuchModel
 from ..adapters.ports import Unavailable
 from ..adapters.postgres import SchemaMismatch
+from ..adapters.redis_store import EvictingStore
 from ..adapters.servers import ServerError, addresses_of
 from .contract import Overloaded
-from .door import Books, Door, Doorman, Handlers, Receive, Request, Send
+from .door import Books, Door, Doorman, Handlers, Receive, Send
 from .metrics import log_to
 from .parts import open_predictor, open_shelf, say
 from .work import aside
@@ -40,7 +41,7 @@ from ..decision.bundle import BundleError, unpack
 from ..decision.judge import Model, model_of
 from ..domain.config import InvalidSetting, Settings
 from ..pipeline.champion import Champion
-from ..pipeline.predict import Answer, Health, IdConflict, Predictor
+from ..pipeline.predict import Answer, Health, IdConflict, Predictor, Request
 
 # %% ../../nbs/76_service.ipynb #f03f1e40
 MOST_TOGETHER = 64
@@ -120,8 +121,8 @@ class ThreadTeller:
         return self.predictor.find(transaction_id)
 
     def health(self) -> Health:
-        """What is up."""
-        return self.predictor.health(self._clock_ms())
+        """What is up, as far as is known."""
+        return self.predictor.health()
 
     def is_alive(self) -> bool:
         """Whether anybody decides."""
@@ -282,7 +283,7 @@ CONFIG: Mapping[str, Any] = {
     "logging": {"access": {"enabled": False}},
     "tracing": {"excluded_urls": [".*"]},
 }
-REFUSALS = (InvalidSetting, ServerError, SchemaMismatch, BundleError, NoSuchModel, Unavailable)
+REFUSALS = (InvalidSetting, ServerError, SchemaMismatch, EvictingStore, BundleError, NoSuchModel, Unavailable)
 
 
 def refuse(error: Exception) -> NoReturn:

@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 import uvicorn
 
 from fraud_nb.adapters.ports import Unavailable
-from fraud_nb.apps.door import Request
 from fraud_nb.apps.metrics import JsonLines
 from fraud_nb.apps.service import Running
 from fraud_nb.domain.config import Settings
 from fraud_nb.domain.schema import Outcome, Reason, Transaction
 from fraud_nb.pipeline.champion import Champion
-from fraud_nb.pipeline.predict import Answer, Health, IdConflict
+from fraud_nb.pipeline.predict import Answer, Health, IdConflict, Request
 
 CANARY = "5500005555555559"  # looks like a card number: it may be in no answer and no log
 KEY = "a key of the tests".replace(" ", "-")
@@ -83,9 +82,9 @@ class Double:
         known = self.decided.get(transaction_id)
         return None if known is None else known[1]
 
-    def health(self, now_ms: int) -> Health:
+    def health(self) -> Health:
         up = self.status == "ok"
-        return Health(self.status, up, True, self.status != "down", self.model.version, 40 if up else None)  # type: ignore[arg-type]
+        return Health(self.status, up, True, self.status != "down", self.model.version, 40 if up else None, 0)  # type: ignore[arg-type]
 
     def sweep(self, now_ms: int) -> int:
         self.swept += 1

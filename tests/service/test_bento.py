@@ -223,7 +223,7 @@ class Asker(threading.Thread):
 
 
 def test_sigterm_finishes_what_was_accepted(shop: Shop) -> None:
-    """Sixteen ask without a pause: whatever was decided was told, whatever was told is in the log, and nothing failed."""
+    """Sixteen ask without a pause: what was decided was told, what was told is in the log, and nothing failed."""
     with serving(shop.box, shop.settings) as service:
         askers = [Asker(service.port, f"term{number}") for number in range(16)]
         for asker in askers:

@@ -235,7 +235,8 @@ def test_degraded_is_ready_and_says_so(at_home: House) -> None:
     health = at_home.ask("GET", "/health")
     assert health.status == 200
     assert health.json == {
-        "status": "degraded", "postgres": False, "redis": True, "kafka": True, "model_version": 1, "state_age_ms": None,
+        "status": "degraded", "postgres": False, "redis": True, "kafka": True, "model_version": 1,
+        "state_age_ms": None, "waiting": 0,
     }  # fmt: skip
     assert at_home.ask("GET", "/readyz").status == 200
     metrics = at_home.ask("GET", "/metrics").body.decode()

@@ -440,6 +440,10 @@ class Predictor:
             self._advise(rows, now_ms)
         return [told(stands[request.transaction_id], payload_hash(request), recorded) for request in requests]
 
+    def warm_up(self, now_ms: int) -> None:
+        """Decide purchases of nobody, and forget it: what is compiled for them, the first asker need not wait for."""
+        self._decide([Transaction("", "", now_ms, 0, "EUR"), StatelessRequest("", 0, "EUR")], now_ms)
+
     def _decide(self, requests: Sequence[Request], now_ms: int) -> list[Logged]:
         full = [request for request in requests if isinstance(request, Transaction)]
         bare = [request for request in requests if isinstance(request, StatelessRequest)]

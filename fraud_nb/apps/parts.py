@@ -36,7 +36,7 @@ from ..domain.money import Rates
 from ..features.catalogue import feature_set
 from ..pipeline.champion import Shelf
 from ..pipeline.intake import Intake
-from ..pipeline.predict import Link, Outbox, Predictor, Thing
+from ..pipeline.predict import Bench, Link, Outbox, Predictor, Thing, Watch
 from ..pipeline.sharing import Sharing
 from ..pipeline.stream import Partitioner, Publisher, Worker
 
@@ -57,9 +57,6 @@ def say_over(line: str) -> None:
 def partitioner_of(settings: Settings) -> Partitioner:
     """How a customer chooses a partition."""
     return murmur2_partitions if settings.partitioner == "murmur2" else crc32_partitions
-
-
-PATIENCE_S = 1  # with each server, while somebody waits for an answer
 
 
 def model_in(path: Path) -> Model:
@@ -98,6 +95,9 @@ def open_worker(
         Sharing(VersionLog(found.postgres), store, settings.partitions),
     )
 
+# %% ../../nbs/70_parts.ipynb #2ecf4197
+PATIENCE_S = 1  # with each server, while somebody waits for an answer
+
 
 def open_predictor(
     settings: Settings,
@@ -121,13 +121,13 @@ def open_predictor(
     def clerk() -> KafkaFeed:
         return KafkaFeed(found.kafka, remembered_partition(partitioner, settings.partitions), PATIENCE_S, linger_ms=0)
 
-    return Predictor(
-        link(log), link(log), link(log), link(lambda: RedisStateStore(found.redis, PATIENCE_S)), Outbox(link(clerk)),
-        link(lambda: TopicEnds(found.kafka, TRANSACTIONS, PATIENCE_S)), model, settings.partitions, partitioner,
-        Rates(settings.base_currency),
-    )  # fmt: skip
+    store, outbox = link(lambda: RedisStateStore(found.redis, PATIENCE_S)), Outbox(link(clerk))
+    ends = link(lambda: TopicEnds(found.kafka, TRANSACTIONS, PATIENCE_S))
+    watch = Watch(link(log), store, ends, outbox, settings.partitions)
+    bench = Bench(store, watch.freshness, settings.partitions, partitioner, Rates(settings.base_currency))
+    return Predictor(link(log), link(log), bench, outbox, watch, model)
 
-
+# %% ../../nbs/70_parts.ipynb #346433b8
 def open_intake(found: Addresses) -> Intake:
     """A member of the group that takes labels in."""
     source = KafkaSource(found.kafka, group="fraud-labels", topic=LABELS)

@@ -306,7 +306,7 @@ def start(environment: Mapping[str, str]) -> Running:
 
     model = first_model(open_champion)
     predictor = open_predictor(settings, found, model)
-    predictor.warm_up(now_ms())
+    predictor.warm_up()
     running = Running(settings, predictor, open_champion, log)
     log.info("ready", extra={"fields": {"model_version": model.version}})
     return running

@@ -254,17 +254,21 @@ def words(
 MAX_REASONS = 3
 
 
+_PAST = FEATURE_NAMES.index("customer_count_24h")  # never missing, unless the customer's past cannot be read
+
+
 def reasons(
     vectors: Vector,  # shape (n, all features of the catalogue)
     contributions: Vector,  # shape (n, names + 1), as `Scorer.contributions` gives them
     base_currency: str,  # ISO 4217
     names: Sequence[str] = FEATURE_NAMES,  # the model's columns: `Scorer.names`
 ) -> list[tuple[Reason, ...]]:
-    """Up to three reasons for each row, strongest first."""
+    """Up to three reasons for each row, strongest first; what could not be read is no reason."""
     if contributions.shape != (len(vectors), len(names) + 1):
         raise ValueError(f"contributions: shape ({len(vectors)}, {len(names) + 1}) expected")
     values = vectors[:, [FEATURE_NAMES.index(name) for name in names]]
     pushes = np.maximum(contributions[:, :-1].astype(np.float64), 0.0)
+    pushes[np.isnan(values) & np.isnan(vectors[:, [_PAST]])] = 0.0
     order = np.argsort(-pushes, axis=1, kind="stable")[:, :MAX_REASONS]
     totals = pushes.sum(axis=1)
     return [

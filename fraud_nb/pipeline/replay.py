@@ -84,11 +84,11 @@ def told(
 ) -> list[str]:
     """The replay in lines; no identifier of a person is among them."""
     row, stored = replayed.row, replayed.stored
-    where = f"partition {row.partition}, offset {row.offset}"
+    where = f"at partition {row.partition}, offset {row.offset}"
     if row.origin.startswith("http"):
-        where = "over HTTP" if row.offset == NOT_YET else f"over HTTP, then {where}"
+        where = "over HTTP" if row.offset == NOT_YET else f"over HTTP, learned {where}"
     lines = [
-        f"decided at {where}: {stored.outcome}, "
+        f"decided {where}: {stored.outcome}, "
         f"probability {stored.probability:.6f}, model {stored.model_version}, policy {stored.policy_version}",
         f"features from {replayed.earlier} earlier events of the customer, and shared version {stored.shared_version}"
         if replayed.refolded

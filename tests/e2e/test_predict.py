@@ -68,14 +68,14 @@ class Shop:
     def send(self, purchases: list[Transaction], predictor: Predictor) -> None:
         """Over the topic, where they belong."""
         keys = [each.customer_id.encode() for each in purchases]
-        homes = predictor.partitioner(keys, 4).tolist()
+        homes = predictor.bench.partitioner(keys, 4).tolist()
         records = [(home, key, encode(each)) for home, key, each in zip(homes, keys, purchases, strict=True)]
         produce(self.addresses.kafka, records)
 
     @contextmanager
-    def worker(self) -> Iterator[subprocess.Popen[str]]:
+    def worker(self, idle_s: int = 3) -> Iterator[subprocess.Popen[str]]:
         """A worker at work; at the end it has nothing left to do."""
-        command = [sys.executable, "-c", MAIN, "stream", "--model", str(self.model), "--until-idle", "3"]
+        command = [sys.executable, "-c", MAIN, "stream", "--model", str(self.model), "--until-idle", str(idle_s)]
         worker = subprocess.Popen(command, env={**os.environ, **self.environment}, stderr=subprocess.PIPE, text=True)
         try:
             yield worker
@@ -194,8 +194,8 @@ def test_the_second_purchase_sees_the_first(shop: Shop, predictor: Predictor) ->
             one(predictor, request)
             placed = f"SELECT \"offset\" FROM decisions WHERE transaction_id = 'hurry {number}'"
             wait_until(lambda query=placed: shop.rows(query)[0][0] is not None)  # type: ignore[misc]
-            home = int(predictor.partitioner([customer.encode()], 4)[0])
-            with predictor.store.use() as store:
+            home = int(predictor.bench.partitioner([customer.encode()], 4)[0])
+            with predictor.bench.store.use() as store:
                 offset = shop.rows(placed)[0][0]
                 wait_until(lambda: (store.watermark(home) or 0) > offset)  # noqa: B023
         assert worker.poll() is None
@@ -217,7 +217,7 @@ def test_stateless(shop: Shop, predictor: Predictor) -> None:
     assert (answer.features, answer.recorded) == ("stateless", True)
     assert one(predictor, asked) == answer == predictor.find("TEST123")
     done = fraud(shop.environment, "replay", "TEST123", "--model", str(shop.model))
-    assert done.returncode == 0 and "no customer was named" in done.stderr + done.stdout
+    assert done.returncode == 0 and "the request named no customer" in done.stderr
     shop.check()
 
 
@@ -225,8 +225,7 @@ def test_replay_of_what_was_asked(shop: Shop) -> None:
     idents = shop.rows("SELECT transaction_id FROM decisions WHERE origin = 'http' ORDER BY random() LIMIT 5")
     for (ident,) in idents:
         done = fraud(shop.environment, "replay", ident, "--model", str(shop.model))
-        assert done.returncode == 0, done.stderr
-        assert "over HTTP" in done.stderr + done.stdout
+        assert done.returncode == 0 and "decided over HTTP" in done.stderr
 
 
 def test_without_redis(shop: Shop, predictor: Predictor) -> None:
@@ -251,7 +250,7 @@ def test_without_kafka(shop: Shop, predictor: Predictor) -> None:
         assert all(one(predictor, each).recorded for each in purchases)
         wait_until(lambda: not predictor.health().kafka)
     waiting = 'SELECT count(*) FROM decisions WHERE "offset" IS NULL AND partition IS NOT NULL'
-    with shop.worker():
+    with shop.worker(idle_s=15):
         wait_until(lambda: shop.rows(waiting) == [(0,)])
     shop.check()
 
@@ -290,7 +289,7 @@ def test_a_service_that_died_before_it_published(shop: Shop, predictor: Predicto
     left.outbox.post = lambda *a, **k: None  # type: ignore[method-assign, assignment]  # it died here
     (request,) = shop.purchases(1)
     answer = one(left, request)
-    with shop.worker():
+    with shop.worker(idle_s=15):
         query = f"SELECT \"offset\" IS NOT NULL FROM decisions WHERE transaction_id = '{request.transaction_id}'"
         wait_until(lambda: shop.rows(query) == [(True,)])
     assert predictor.find(request.transaction_id) == answer

@@ -117,7 +117,7 @@ def route_of(
 
 # %% ../../nbs/76_contract.ipynb #22fac0e3
 Schema = dict[str, Any]
-_TEXT: Schema = {"type": "string", "minLength": 1, "maxLength": 64, "description": "without control characters"}
+_TEXT: Schema = {"type": "string", "minLength": 1, "maxLength": 64}  # and no control characters
 _PLACE: dict[str, Schema] = {
     "category": _TEXT,
     "channel": _TEXT,
@@ -126,16 +126,16 @@ _PLACE: dict[str, Schema] = {
 }
 _MONEY: dict[str, Schema] = {
     "transaction_id": _TEXT,
-    "amount": {"type": "number", "minimum": 0, "description": "major units, at most the currency's decimals"},
-    "currency": {"type": "string", "pattern": "^[A-Z]{3}$", "description": "ISO 4217"},
+    "amount": {"type": "number", "minimum": 0, "description": "in major units, with the currency's decimals"},
+    "currency": {"type": "string", "pattern": "^[A-Z]{3}$", "description": "of ISO 4217"},
 }
 _TIMES: dict[str, Schema] = {
     "hour": {"type": "integer", "minimum": 0, "maximum": 23},
-    "day_of_week": {"type": "integer", "minimum": 0, "maximum": 6, "description": "Monday is 0"},
+    "day_of_week": {"type": "integer", "minimum": 0, "maximum": 6, "description": "from Monday on"},
 }
 _WHO: dict[str, Schema] = {
     "customer_id": _TEXT,
-    "event_time": {"type": "integer", "minimum": 946_684_800_000, "description": "milliseconds UTC"},
+    "event_time": {"type": "integer", "minimum": 946_684_800_000, "description": "in milliseconds UTC"},
     "merchant_id": _TEXT,
     "device_id": _TEXT,
     "ip": _TEXT,
@@ -281,7 +281,7 @@ td {{ padding: 0 1rem .1rem 0; vertical-align: top }}
 </style>
 <h1>Fraud detection</h1>
 <p>{text} For programs: <a href="/openapi.json">openapi.json</a>.</p>
-{operations}
+{parts}
 </html>
 """
 
@@ -298,12 +298,34 @@ def _shown(path: str, method: str, operation: Schema) -> Iterator[str]:
     yield "</table>"
 
 
+def _kind(shape: Schema) -> str:
+    """What a field holds, in a few words."""
+    if "$ref" in shape:
+        return str(shape["$ref"].rpartition("/")[2])
+    if "anyOf" in shape:
+        return " or ".join(_kind(each) for each in shape["anyOf"] if each != {"type": "null"})
+    if "enum" in shape:
+        return ", ".join(shape["enum"])
+    if shape["type"] == "array":
+        return f"list of {_kind(shape['items'])}"
+    bounds = {"minimum": "from", "maximum": "to", "minLength": "from", "maxLength": "to", "description": ""}
+    limits = (f" {word} {shape[bound]}" for bound, word in bounds.items() if bound in shape)
+    return "".join([shape["type"], *limits, " characters" if "maxLength" in shape else ""])
+
+
+def _fields(name: str, schema: Schema) -> Iterator[str]:
+    """One object as HTML."""
+    yield f"<h2><code>{name}</code></h2><p>{html.escape(schema.get('description', ''))}</p><table>"
+    for field, shape in schema.get("properties", {"one of": schema}).items():
+        must = "required" if field in schema.get("required", ()) else ""
+        yield f"<tr><td><code>{field}</code><td>{must}<td>{html.escape(_kind(shape))}"
+    yield "</table>"
+
+
 def page(described: Schema) -> str:
     """The description as a page."""
-    operations = (
-        line
-        for path, methods in described["paths"].items()
-        for method, operation in methods.items()
-        for line in _shown(path, method, operation)
-    )
-    return _PAGE.format(text=html.escape(described["info"]["description"]), operations="\n".join(operations))
+    paths, schemas = described["paths"].items(), described["components"]["schemas"].items()
+    operations = [_shown(path, method, each) for path, methods in paths for method, each in methods.items()]
+    objects = [_fields(name, schema) for name, schema in schemas if "properties" in schema or "enum" in schema]
+    lines = (line for part in operations + objects for line in part)
+    return _PAGE.format(text=html.escape(described["info"]["description"]), parts="\n".join(lines))

@@ -205,11 +205,9 @@ class Running:
         self._ended.wait(SWEEP_S)
 
 # %% ../../nbs/76_service.ipynb #897fc07f
-KEPT, BUNDLED, FILE = (
-    "fraud-champion",
-    "bundled-champion",
-    "champion.bundle",
-)  # in BentoML's store, in a bento, its file
+KEPT = "fraud-champion"  # the model in BentoML's store
+BUNDLED = "bundled-champion"  # and in a bento
+FILE = "champion.bundle"  # its one file
 
 
 def bundled_model() -> Model | None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHAMPION', 'UNDOES', 'Model', 'Promotion', 'NoSuchModel', 'NothingToRollBackTo', 'standing', 'validate_bundle',
-           'LedgerReader', 'Ledger']
+           'LedgerReader', 'Ledger', 'Run', 'Taken', 'RunReader', 'RunLocks', 'RunLog']
 
 # %% ../../nbs/45_ledger.ipynb #bf3d9e43
 import math
@@ -18,6 +18,7 @@ import msgspec
 import psycopg2.errors
 import psycopg2.extensions
 
+from .ports import StoreUnavailable
 from .postgres import Session
 from ..decision.bundle import BundleError, sha256_of
 
@@ -237,3 +238,133 @@ class Ledger(LedgerReader):
             if len(stand) < 2:
                 raise NothingToRollBackTo("rollback: no champion before the present one; promote a model instead")
             return _write(cursor, stand[-2].model_version, who, why, {UNDOES: stand[-1].promotion})
+
+# %% ../../nbs/45_ledger.ipynb #0588f129
+class Run(NamedTuple):
+    """One attempt at a job."""
+
+    run: int  # counts up
+    job: str
+    attempt: int  # 1, or 2 after a failure
+    started_at: datetime  # the database's clock
+    ended_at: datetime | None  # None: it is running
+    outcome: str  # running, done, failed, timed out, skipped or lost
+    notebook: str | None  # where the executed one is kept
+    model_version: int | None  # that it released
+    error: str | None
+
+
+class Taken(RuntimeError):
+    """Another scheduler is at work, or has taken over."""
+
+
+class RunReader(Session):
+    """The runs for those who look; every method may raise StoreUnavailable."""
+
+    def history(
+        self,
+        limit: int,  # at most so many
+    ) -> list[Run]:
+        """The newest runs, newest first."""
+        with self._transaction() as cursor:
+            cursor.execute("SELECT * FROM runs ORDER BY run DESC LIMIT %s", (limit,))
+            return [Run(*row) for row in cursor.fetchall()]
+
+    def last(
+        self,
+        job: str,
+        outcome: str | None = None,  # None: whatever it was
+    ) -> Run | None:
+        """The newest run of a job."""
+        with self._transaction() as cursor:
+            cursor.execute(
+                "SELECT * FROM runs WHERE job = %s AND outcome = coalesce(%s, outcome) ORDER BY run DESC LIMIT 1",
+                (job, outcome),
+            )
+            row = cursor.fetchone()
+        return None if row is None else Run(*row)
+
+# %% ../../nbs/45_ledger.ipynb #9f11ad0c
+_LOCKS = 7034  # the class of these advisory locks
+_SCHEDULER = ""  # no job has this name
+_QUICK_TO_DROP = "SET tcp_keepalives_idle = 3; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 2"
+_LOSE = """
+    UPDATE runs SET outcome = 'lost', ended_at = now(), error = 'whoever ran it is gone'
+    WHERE outcome = 'running' AND job = coalesce(%s, job) AND pg_try_advisory_xact_lock(%s, hashtext(job))
+"""
+
+
+class RunLocks(RunReader):
+    """The locks of those who start jobs; every method may raise StoreUnavailable, and Taken after a reconnect."""
+
+    def __init__(self, dsn: str) -> None:
+        self._held: set[str] = set()
+        super().__init__(dsn, "fraud_promoter")
+
+    def _connect(self) -> psycopg2.extensions.connection:
+        connection = super()._connect()
+        try:
+            with connection, connection.cursor() as cursor:
+                cursor.execute(_QUICK_TO_DROP)
+                for name in sorted(self._held):
+                    cursor.execute("SELECT pg_advisory_lock(%s, hashtext(%s))", (_LOCKS, name))
+        except psycopg2.errors.LockNotAvailable:
+            connection.close()
+            self._held.clear()  # they are another's now
+            raise Taken("schedule: another scheduler took over while the database was away") from None
+        except psycopg2.OperationalError:
+            connection.close()
+            raise StoreUnavailable("postgres: lost again (is it up? see FRAUD_POSTGRES)") from None
+        return connection
+
+    def _take(self, cursor: psycopg2.extensions.cursor, name: str) -> bool:
+        cursor.execute("SELECT pg_try_advisory_lock(%s, hashtext(%s))", (_LOCKS, name))
+        return bool(cursor.fetchone()[0])
+
+    def lead(self) -> None:
+        """Be the only scheduler until `close`, and mark what the one before left running; raises Taken."""
+        with self._transaction() as cursor:
+            if not self._take(cursor, _SCHEDULER):
+                raise Taken("schedule: another scheduler is at work on this database; stop it first")
+            cursor.execute(_LOSE, (None, _LOCKS))
+        self._held.add(_SCHEDULER)
+
+    def hold(self) -> None:
+        """Notice now that the connection broke, and take the locks again."""
+        with self._transaction() as cursor:
+            cursor.execute("SELECT 1")
+
+# %% ../../nbs/45_ledger.ipynb #6657d1ad
+class RunLog(RunLocks):
+    """The runs for those who start them; every method may raise StoreUnavailable, and Taken after a reconnect."""
+
+    def start(self, job: str, attempt: int) -> int | None:  # the run; None: the job runs elsewhere
+        """Write down that a job begins, and keep everybody else from it until `end`."""
+        with self._transaction() as cursor:
+            if not self._take(cursor, job):
+                return None
+            cursor.execute(_LOSE, (job, _LOCKS))
+            cursor.execute("INSERT INTO runs (job, attempt) VALUES (%s, %s) RETURNING run", (job, attempt))
+            run = int(cursor.fetchone()[0])
+        self._held.add(job)
+        return run
+
+    def end(self, run: int, outcome: str, notebook: str | None, model_version: int | None, error: str | None) -> None:
+        """Write down how a run ended, once, and let others run the job."""
+        with self._transaction() as cursor:
+            cursor.execute(
+                "UPDATE runs SET outcome = %s, ended_at = now(), notebook = %s, model_version = %s, error = %s "
+                "WHERE run = %s AND outcome = 'running'",
+                (outcome, notebook, model_version, error, run),
+            )
+            cursor.execute("SELECT job, pg_advisory_unlock(%s, hashtext(job)) FROM runs WHERE run = %s", (_LOCKS, run))
+            job, _ = cursor.fetchone()
+        self._held.discard(job)
+
+    def skip(self, job: str, attempt: int, why: str) -> None:
+        """Write down that a job was due and did not run."""
+        with self._transaction() as cursor:
+            cursor.execute(
+                "INSERT INTO runs (job, attempt, ended_at, outcome, error) VALUES (%s, %s, now(), 'skipped', %s)",
+                (job, attempt, why),
+            )

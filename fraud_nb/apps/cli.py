@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FAILURES', 'WRONG_USAGE', 'JOBS', 'SWITCH_S', 'BENTOFILE', 'command_up', 'command_down', 'command_check',
            'progress_of', 'command_backfill', 'run_notebook', 'command_retrain', 'command_backtest', 'command_model',
-           'until_signal', 'send_all', 'tell_unsent', 'command_produce', 'command_simulate', 'command_stream',
-           'stop_when', 'command_bento', 'command_verify', 'command_replay', 'command_demo', 'parser', 'main']
+           'command_schedule', 'until_signal', 'send_all', 'tell_unsent', 'command_produce', 'command_simulate',
+           'command_stream', 'stop_when', 'command_bento', 'command_verify', 'command_replay', 'command_demo', 'parser',
+           'main']
 
 # %% ../../nbs/79_cli.ipynb #fb2b30bc
 import argparse
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from ..adapters import servers
 from ..adapters.kafka_bus import PREDICTIONS, WrongPartitionCount, create_topics, read_topic
-from ..adapters.ledger import LedgerReader, NoSuchModel, NothingToRollBackTo
+from ..adapters.ledger import LedgerReader, NoSuchModel, NothingToRollBackTo, RunLog, RunReader, Taken
 from ..adapters.ports import OffsetGap, Unavailable
 from fraud_nb.adapters.postgres import (
     AlreadyDecided,
@@ -38,6 +39,7 @@ from fraud_nb.adapters.postgres import (
 )
 from ..adapters.redis_store import EvictingStore, RedisStateStore
 from ..adapters.servers import addresses_of
+from . import schedule
 from .checks import findings
 from .demo import Demo, DemoFailed, demo
 from .jobs import InvalidParameter, JobFailed, Value, checked_values, parameters_of, run_job
@@ -62,7 +64,7 @@ from ..pipeline.verify import verify
 FAILURES = (
     servers.ServerError, Unavailable, SchemaMismatch, WrongPartitionCount, OffsetGap, BundleError, EvictingStore,
     AlreadyLive, AlreadyDecided, NoSuchModel, NothingToRollBackTo, NothingToReplay, JobFailed, InvalidFile, DemoFailed,
-    OSError,
+    Taken, OSError,
 )  # fmt: skip
 WRONG_USAGE = (InvalidSetting, InvalidParameter, InvalidMap)
 
@@ -125,11 +127,17 @@ def command_backfill(settings: Settings, arguments: argparse.Namespace) -> int:
 JOBS = Path(__file__).parents[2] / "nbs" / "jobs" if "__file__" in globals() else Path("nbs/jobs")
 
 
-def run_notebook(settings: Settings, name: str, asked: Mapping[str, Value], given: Sequence[str]) -> Path:
-    """Run a job into a folder of its own; the folder, with result.json and the executed notebook."""
+def run_notebook(
+    settings: Settings,
+    name: str,
+    asked: Mapping[str, Value],
+    given: Sequence[str],
+    folder: Path | None = None,  # where to; None: one of its own, under home
+) -> Path:
+    """Run a job; the folder, with result.json and the executed notebook."""
     notebook = JOBS / f"{name}.ipynb"
     values = checked_values(parameters_of(notebook), dict(pair.partition("=")[::2] for pair in given))
-    folder = settings.home.absolute() / "runs" / f"{name}_{datetime.now(UTC):%Y-%m-%d_%H%M%S}"
+    folder = (folder or settings.home / "runs" / f"{name}_{datetime.now(UTC):%Y-%m-%d_%H%M%S}").absolute()
     say(f"{name}: the notebook is written to {folder / notebook.name}")
     run_job(notebook, folder / notebook.name, {**asked, "output": str(folder), **values}, sys.stderr.isatty())
     return folder
@@ -141,7 +149,7 @@ def command_retrain(settings: Settings, arguments: argparse.Namespace) -> int:
         "preset": "quick" if arguments.quick else "full", "history": arguments.history,
         "file_map": str(arguments.map or ""), "as_of": arguments.as_of, "release": True, "promote": arguments.promote,
     }  # fmt: skip
-    folder = run_notebook(settings, "retrain", asked, arguments.parameter)
+    folder = run_notebook(settings, "retrain", asked, arguments.parameter, arguments.output)
     if (released := attach_card(settings, folder)) is not None:
         promoted = "champion now" if released["promotion"] else "not promoted: fraud model promote"
         say(f"retrain: model {released['model_version']} passed its gate; {promoted}")
@@ -177,6 +185,34 @@ def command_model(settings: Settings, arguments: argparse.Namespace) -> int:
                 f"{name} {model.metrics[name]:.3f}" for name in ("average_precision", "auc") if name in model.metrics
             )
             sys.stdout.write(f"{model.version:>4}  {model.added_at:%Y-%m-%d %H:%M}  {'  '.join(found)}  {live}\n")
+    return 0
+
+# %% ../../nbs/79_cli.ipynb #100f94dc
+def command_schedule(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Run jobs when they are due, until Ctrl-C; or one of them now; or say when they are due."""
+    jobs = schedule.jobs_of(settings)
+    for job in jobs:
+        try:
+            parser().parse_args(job.words)
+        except SystemExit:  # argparse has said what is wrong
+            variable = f"FRAUD_{job.name.upper()}_OPTIONS"
+            raise InvalidSetting(variable, f"write options that fraud {job.name} has") from None
+    postgres = addresses_of(settings, say).postgres
+    if arguments.list:
+        for line in schedule.timetable(jobs, RunReader(postgres), datetime.now(UTC)):
+            sys.stdout.write(line + "\n")
+        return 0
+    log, signalled = log_to(logging.StreamHandler(sys.stderr)), until_signal()
+    home = settings.home.absolute() / "runs"
+    scheduler = schedule.Scheduler(
+        RunLog(postgres), home, schedule.start_job, lambda: datetime.now(UTC), time.monotonic, log
+    )  # fmt: skip
+    if arguments.metrics_port:
+        serve_metrics(schedule.JobCollector(scheduler.books), arguments.metrics_port)
+    for job in jobs:
+        if job.name == arguments.now:
+            return 0 if schedule.run_now(scheduler, job, signalled, time.sleep) else 1
+    schedule.run_when_due(scheduler, jobs, signalled, time.sleep)
     return 0
 
 # %% ../../nbs/79_cli.ipynb #404a2cdc
@@ -388,6 +424,7 @@ def _common(command: argparse.ArgumentParser, *names: str) -> None:
             "metavar": "NAME=VALUE",
             "help": "a parameter of the notebook",
         },
+        "--metrics-port": {"type": int, "metavar": "PORT", "help": "answer Prometheus on this loopback port"},
         "--model": {"type": Path, "metavar": "FILE", "help": "a model bundle, instead of the ledger's"},
         "--who": {"default": getpass.getuser(), "help": "who decides; for the ledger"},
         "--why": {"default": "by hand", "help": "for the ledger"},
@@ -407,6 +444,7 @@ def parser() -> argparse.ArgumentParser:
         ("down", command_down, "stop the servers that up started"),
         ("backfill", command_backfill, "load history before going live"),
         ("retrain", command_retrain, "train, test and release a model"),
+        ("schedule", command_schedule, "run jobs when they are due"),
         ("backtest", command_backtest, "measure live decisions by the labels that have come since"),
         ("model", command_model, "list models, or decide which is live"),
         ("produce", command_produce, "put a file's transactions and labels on the bus"),
@@ -441,7 +479,15 @@ def _retrain_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--as-of", default="", metavar="DATE", help="use nothing that became known later (UTC)")
     command.add_argument("--quick", action="store_true", help="one arm, some seconds")
     command.add_argument("--promote", action="store_true", help="make it the champion if it passes")
+    command.add_argument("--output", type=Path, metavar="FOLDER", help="where the executed notebook is kept")
     _common(command, "-p")
+
+
+def _schedule_arguments(command: argparse.ArgumentParser) -> None:
+    instead = command.add_mutually_exclusive_group()
+    instead.add_argument("--list", action="store_true", help="say when jobs are due and how they went")
+    instead.add_argument("--run", dest="now", choices=schedule.JOB_NAMES, metavar="NAME", help="run one now, and end")
+    _common(command, "--metrics-port")
 
 
 def _backtest_arguments(command: argparse.ArgumentParser) -> None:
@@ -481,18 +527,18 @@ def _bento_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _stream_arguments(command: argparse.ArgumentParser) -> None:
-    _common(command, "--model")
+    _common(command, "--model", "--metrics-port")
     command.add_argument("--until-idle", type=float, metavar="S", help="end after S seconds without a record")
     command.add_argument(
         "--status-every", type=float, default=10.0, metavar="S", help="log a status line (default: 10)"
     )
-    command.add_argument("--metrics-port", type=int, metavar="PORT", help="answer Prometheus on this loopback port")
 
 # %% ../../nbs/79_cli.ipynb #f4e3a691
 _ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "demo": _demo_arguments,
     "backfill": _backfill_arguments,
     "retrain": _retrain_arguments,
+    "schedule": _schedule_arguments,
     "backtest": _backtest_arguments,
     "model": _model_arguments,
     "produce": _produce_arguments,

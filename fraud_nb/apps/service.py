@@ -304,7 +304,7 @@ def start(environment: Mapping[str, str]) -> Running:
 
     model = first_model(open_champion)
     predictor = open_predictor(settings, found, model)
-    predictor.warm_up()
+    predictor.warm_up(now_ms())
     running = Running(settings, predictor, open_champion, log)
     log.info("ready", extra={"fields": {"model_version": model.version}})
     return running

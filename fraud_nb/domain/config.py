@@ -54,6 +54,7 @@ SHAPES: Mapping[str, tuple[str, str]] = {  # field: (pattern of the whole value,
     "base_currency": (r"[A-Z]{3}", "write an ISO 4217 code of three capital letters, such as EUR"),
     "partitions": (r"0*([1-9]\d?|1\d\d|2[0-4]\d|25[0-6])", "write a whole number from 1 to 256"),
     "partitioner": (r"murmur2|crc32", "write murmur2 (Java, kafka-python) or crc32 (librdkafka)"),
+    "retrain_timeout_s": (r"0*[1-9]\d{0,5}", "write whole seconds, from 1 to 999999"),
     "mlflow_uri": (r"[a-z][a-z0-9+.-]*:\S+", "write a URI such as http://host:5000 or sqlite:///path/mlflow.db"),
     "api_key": (r"[!-~]{16,256}", "write 16 to 256 printable characters without spaces, such as openssl rand -hex 32"),
     "allowed_hosts": (r"[A-Za-z0-9_.:-]+(,[A-Za-z0-9_.:-]+)*", "write names or addresses without port, with commas"),
@@ -89,6 +90,9 @@ class Settings:
     mlflow_uri: str = "sqlite:///.fraud/mlflow.db"  # tracking and registry
     api_key: str = ""  # of the prediction service; empty is fine on loopback only
     allowed_hosts: str = LOOPBACK  # what the header Host may name, without port
+    retrain_cron: str = "0 3 * * *"  # minute, hour, day, month, weekday; UTC; off: never
+    retrain_options: str = ""  # of the scheduled retrain, as on the command line
+    retrain_timeout_s: int = 7200  # assumption: the full preset takes some minutes on two cores
 
     @classmethod
     def from_env(
@@ -113,6 +117,9 @@ class Settings:
             mlflow_uri=given.get("mlflow_uri", f"sqlite:///{home}/mlflow.db"),
             api_key=given.get("api_key", ""),
             allowed_hosts=given.get("allowed_hosts", LOOPBACK),
+            retrain_cron=given.get("retrain_cron", "0 3 * * *"),
+            retrain_options=given.get("retrain_options", ""),
+            retrain_timeout_s=int(given.get("retrain_timeout_s", "7200")),
         )
 
     def masked(self) -> dict[str, str]:  # variable: what `fraud check` may print

@@ -351,6 +351,16 @@ class Watch:
         self.outbox.post(lost, now_ms)
         return len(lost)
 
+    def health(self, decides: bool, model_version: int) -> Health:
+        """How things are; `decides`: the log took the last decision."""
+        postgres, redis = decides and self.log.is_up, self.store.is_up
+        kafka, age_ms = self.ends.is_up and self.outbox.clerk.is_up, self.state_age_ms
+        fresh = age_ms is not None and age_ms <= STALE_MS and not self.waiting
+        status: Status = "ok" if postgres and redis and kafka and fresh else "degraded"
+        if not postgres and not kafka:
+            status = "down"
+        return Health(status, postgres, redis, kafka, model_version, age_ms, self.waiting)
+
     def _age_ms(self, now_ms: int) -> int | None:
         try:
             with self.store.use() as store:
@@ -521,21 +531,15 @@ class Predictor:
 
     def health(self) -> Health:
         """How things are, as far as the last seconds have shown."""
-        watch, age_ms = self.watch, self.watch.state_age_ms
-        postgres, kafka = self.log.is_up and watch.log.is_up, watch.ends.is_up and self.outbox.clerk.is_up
-        fresh = age_ms is not None and age_ms <= STALE_MS and not watch.waiting
-        status: Status = "ok" if postgres and kafka and self.bench.store.is_up and fresh else "degraded"
-        if not postgres and not kafka:
-            status = "down"
-        return Health(status, postgres, self.bench.store.is_up, kafka, self.model.version, age_ms, watch.waiting)
+        return self.watch.health(self.log.is_up, self.model.version)
 
     def sweep(self, now_ms: int) -> int:  # published again
         """Once a second."""
         return self.watch.sweep(now_ms)
 
-    def warm_up(self) -> None:
-        """Compile and load what the first decision needs, so that nobody waits for it; nothing is recorded."""
-        self.bench.decide([Transaction("warm-up", "warm-up", 0, 0, self.bench.rates.base)], self.model, 0)
+    def warm_up(self, now_ms: int) -> None:
+        """Compile and load what the first decision needs, so that its asker need not wait; nothing is recorded."""
+        self.bench.decide([Transaction("", "", now_ms, 0, "EUR"), StatelessRequest("", 0, "EUR")], self.model, now_ms)
 
     def close(self) -> None:
         """Publish what is recorded, and let go."""

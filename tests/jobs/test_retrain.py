@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fraud_nb.apps.jobs import InvalidParameter, checked_values, parameters_of
+from fraud_nb.apps.schedule import GATE, error_in
 from fraud_nb.decision.bundle import unpack
 from tests.e2e.stream_kit import fraud
 
@@ -47,6 +48,8 @@ def test_a_failed_gate_exits_1_and_keeps_no_model(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert re.search(r"GateFailed: .*auc is 0\.\d+, at least 0\.999 is required", done.stderr), done.stderr
     assert [path.name for path in run_of(tmp_path).iterdir()] == ["retrain.ipynb"]
+    found = error_in(run_of(tmp_path) / "retrain.ipynb")
+    assert found is not None and found[0] == GATE and found[1] in done.stderr, "the schedule tells a gate from a fault"
 
 
 @pytest.mark.parametrize(

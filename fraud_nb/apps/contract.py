@@ -297,7 +297,7 @@ def _shown(path: str, method: str, operation: Schema) -> Iterator[str]:
         yield f"<tr><td><code>{status}</code><td>{html.escape(said['description'])}"
     yield "</table>"
 
-
+# %% ../../nbs/76_contract.ipynb #ed0eacd8
 def _kind(shape: Schema) -> str:
     """What a field holds, in a few words."""
     if "$ref" in shape:

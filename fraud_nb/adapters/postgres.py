@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECISION_LOG', 'HISTORY_LABELS_MODELS', 'SHARED_VERSIONS', 'TWO_WAYS_IN', 'MIGRATIONS', 'ROLES', 'GRANTS', 'Origin',
-           'NOWHERE', 'NOT_YET', 'COLUMNS', 'SeenLabels', 'SchemaMismatch', 'migrate', 'Judgement', 'Logged',
+           'NOWHERE', 'NOT_YET', 'COLUMNS', 'SeenLabels', 'SchemaMismatch', 'migrate', 'let_in', 'Judgement', 'Logged',
            'DeadLetter', 'Place', 'Repeat', 'SharedVersion', 'Tally', 'Claim', 'Batch', 'AlreadyDecided', 'copy_line',
            'Session', 'LogRows', 'LogReader', 'LogOverview', 'LogWriter', 'PostgresLog', 'AnswerLog', 'AlreadyLive',
            'HistoryLoader', 'LabelBatch', 'LabelLog', 'SharedRow', 'nothing_yet', 'VersionReader', 'bounds_of',
@@ -22,6 +22,7 @@ import msgspec
 import psycopg2
 import psycopg2.errors
 import psycopg2.extensions
+from psycopg2.extensions import encrypt_password
 from psycopg2.extras import execute_values
 
 from .ports import Fenced, StoreUnavailable
@@ -149,6 +150,7 @@ GRANTS = """
     GRANT SELECT ON schema_version, decisions TO fraud_analyst;
     GRANT SELECT, INSERT ON verdicts TO fraud_analyst;
     GRANT SELECT ON ALL TABLES IN SCHEMA public TO fraud_reader;
+    GRANT fraud_reader TO fraud_writer, fraud_promoter, fraud_analyst;
 """
 
 # %% ../../nbs/43_postgres.ipynb #078209bd
@@ -156,34 +158,58 @@ class SchemaMismatch(RuntimeError):
     """The database's schema is not the one this code was written for."""
 
 
+@contextmanager
+def _as_owner(dsn: str) -> Iterator[psycopg2.extensions.cursor]:
+    """One transaction of whoever owns the schema; raises StoreUnavailable where there is no connection, or no right."""
+    try:
+        connection = psycopg2.connect(dsn, connect_timeout=5)
+    except psycopg2.OperationalError:
+        raise StoreUnavailable("postgres: the owner cannot connect (is it up? see FRAUD_POSTGRES)") from None
+    try:
+        with connection, connection.cursor() as cursor:
+            yield cursor
+    except psycopg2.errors.InsufficientPrivilege:
+        raise StoreUnavailable("postgres: this user does not own the schema (see FRAUD_POSTGRES)") from None
+    finally:
+        connection.close()
+
+# %% ../../nbs/43_postgres.ipynb #336e4a00
 def migrate(
     dsn: str,  # of the owner
     partitions: int,  # of topic `transactions`; fixed from now on
 ) -> int:  # the schema's version now
     """Bring the schema up to date; a no-op when it is. Raises SchemaMismatch on another partition count."""
-    connection = psycopg2.connect(dsn)
-    try:
-        with connection, connection.cursor() as cursor:
-            cursor.execute("SELECT pg_advisory_xact_lock(7032)")
-            cursor.execute("CREATE TABLE IF NOT EXISTS schema_version (version integer NOT NULL)")
-            cursor.execute("SELECT coalesce(max(version), 0) FROM schema_version")
-            version = int(cursor.fetchone()[0])
-            for number, step in enumerate(MIGRATIONS[version:], version + 1):
-                cursor.execute(step)
-                cursor.execute("INSERT INTO schema_version VALUES (%s)", (number,))
-            for role in ROLES:
-                cursor.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", (role,))
-                if cursor.fetchone() is None:
-                    cursor.execute(f"CREATE ROLE {role} NOLOGIN")
-            cursor.execute(GRANTS)
-            cursor.execute("SELECT count(*) FROM progress")
-            if (known := int(cursor.fetchone()[0])) not in (0, partitions):
-                raise SchemaMismatch(f"progress: the log has {known} partitions, not {partitions}; they are fixed")
-            for partition in range(partitions):
-                cursor.execute("INSERT INTO progress VALUES (%s, 0, 0) ON CONFLICT DO NOTHING", (partition,))
-        return len(MIGRATIONS)
-    finally:
-        connection.close()
+    with _as_owner(dsn) as cursor:
+        cursor.execute("SELECT pg_advisory_xact_lock(7032)")
+        cursor.execute("CREATE TABLE IF NOT EXISTS schema_version (version integer NOT NULL)")
+        cursor.execute("SELECT coalesce(max(version), 0) FROM schema_version")
+        if (version := int(cursor.fetchone()[0])) > len(MIGRATIONS):
+            raise SchemaMismatch(f"schema: version {version} is newer than this program's {len(MIGRATIONS)}; update it")
+        for number, step in enumerate(MIGRATIONS[version:], version + 1):
+            cursor.execute(step)
+            cursor.execute("INSERT INTO schema_version VALUES (%s)", (number,))
+        for role in ROLES:
+            cursor.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", (role,))
+            if cursor.fetchone() is None:
+                cursor.execute(f"CREATE ROLE {role} NOLOGIN")
+        cursor.execute(GRANTS)
+        cursor.execute("SELECT count(*) FROM progress")
+        if (known := int(cursor.fetchone()[0])) not in (0, partitions):
+            raise SchemaMismatch(f"progress: the log has {known} partitions, not {partitions}; they are fixed")
+        for partition in range(partitions):
+            cursor.execute("INSERT INTO progress VALUES (%s, 0, 0) ON CONFLICT DO NOTHING", (partition,))
+    return len(MIGRATIONS)
+
+# %% ../../nbs/43_postgres.ipynb #0ec92e82
+def let_in(
+    dsn: str,  # of the owner
+    passwords: Mapping[str, str],  # of roles; those not named stay as they are
+) -> None:
+    """Let roles log in."""
+    with _as_owner(dsn) as cursor:
+        for role in sorted(passwords):
+            known_by = encrypt_password(passwords[role], role, cursor.connection, "scram-sha-256")
+            cursor.execute(f"ALTER ROLE {role} LOGIN PASSWORD %s", (known_by,))
 
 # %% ../../nbs/43_postgres.ipynb #aab485e3
 class Judgement(NamedTuple):
@@ -386,7 +412,7 @@ class Session:
         with self._transaction() as cursor:
             cursor.execute("SELECT max(version) FROM schema_version")
             if (version := cursor.fetchone()[0]) != len(MIGRATIONS):
-                raise SchemaMismatch(f"schema: version {version}, not {len(MIGRATIONS)} (run: fraud up)")
+                raise SchemaMismatch(f"schema: version {version}, not {len(MIGRATIONS)} (run: fraud migrate)")
 
     def _connect(self) -> psycopg2.extensions.connection:
         """A connection with deadlines; raises StoreUnavailable."""

@@ -668,6 +668,8 @@ def up(
     postgres: str | None = None,
 ) -> Addresses:
     """Make all three servers answer, and say where."""
+    if kafka and redis and postgres:
+        return Addresses(kafka, redis, postgres)  # and home is not touched
     try:
         home = home.absolute()
         if not home.exists():

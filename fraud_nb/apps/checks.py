@@ -42,7 +42,7 @@ def asked(
 def _topic(settings: Settings, found: Addresses) -> str:
     ends = topic_ends(found.kafka, TRANSACTIONS)
     check_partitions({TRANSACTIONS: len(ends)} if ends else {}, {TRANSACTIONS: settings.partitions})
-    return "" if ends else f"topic {TRANSACTIONS} does not exist (run: fraud up)"
+    return "" if ends else f"topic {TRANSACTIONS} does not exist (run: fraud migrate)"
 
 
 def _store(found: Addresses) -> str:

@@ -19,20 +19,20 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from ..pipeline.intake import Intake
-from ..pipeline.stream import BINS, FASTEST_MS, GROWTH, Counts, Worker
+from ..pipeline.stream import BINS, FASTEST_MS, GROWTH, Counts, Latencies, Worker
 
 # %% ../../nbs/71_metrics.ipynb #73f890c5
 _COARSE = range(20, BINS, 20)
 
 
-def _latency_family(counts: Counts) -> HistogramMetricFamily:
-    summed = np.cumsum(counts.latencies.counts)
+def _histogram(name: str, text: str, latencies: Latencies) -> HistogramMetricFamily:
+    summed = np.cumsum(latencies.counts)
     bounds = [(f"{FASTEST_MS * GROWTH**place / 1e3:.6g}", int(summed[place])) for place in _COARSE]
     return HistogramMetricFamily(
-        "fraud_latency_seconds",
-        "From the sender's clock to the commit of the decision",
+        name,
+        text,
         buckets=[*bounds, ("+Inf", int(summed[-1]))],
-        sum_value=counts.latencies.total_ms / 1e3,
+        sum_value=latencies.total_ms / 1e3,
     )
 
 
@@ -42,7 +42,7 @@ def _labelled(name: str, text: str, label: str, values: Mapping[str, float]) -> 
         family.add_metric([value], number)
     return family
 
-
+# %% ../../nbs/71_metrics.ipynb #f4abcdab
 class WorkerCollector(Collector):
     """A worker's books as Prometheus reads them, at the moment it reads."""
 
@@ -57,8 +57,14 @@ class WorkerCollector(Collector):
         yield CounterMetricFamily("fraud_records", "Records dealt with", value=counts.records)
         yield CounterMetricFamily("fraud_dead_letters", "Refused records", value=counts.dead_letters)
         yield CounterMetricFamily("fraud_repeats", "Records of transactions decided before", value=counts.repeats)
+        yield CounterMetricFamily("fraud_placed", "Decided over HTTP before, learned here", value=counts.placed)
+        yield CounterMetricFamily("fraud_advised", "Answered while the log was away", value=counts.advised)
+        yield CounterMetricFamily(
+            "fraud_advised_otherwise", "Of these, decided otherwise later", value=counts.advised_otherwise
+        )
         yield CounterMetricFamily("fraud_restarts", "Returns to the claim", value=counts.restarts)
-        yield _latency_family(counts)
+        yield _histogram("fraud_latency_seconds", "From the sender's clock to the commit", counts.latencies)
+        yield _histogram("fraud_state_lag_seconds", "From the commit to Redis", counts.state_lag)
         yield CounterMetricFamily("fraud_decisions_untold", "Decisions while nothing was shared", value=counts.untold)
         yield GaugeMetricFamily("fraud_shared_version", "Read last; 0: nothing shared", value=counts.shared_version)
         yield GaugeMetricFamily("fraud_model_version", "The ledger's number", value=self._worker.model.version)
@@ -73,7 +79,7 @@ class WorkerCollector(Collector):
 def serve_metrics(
     collector: Collector,
     port: int,
-    address: str = "127.0.0.1",  # another one only on purpose
+    address: str,  # of this machine; see FRAUD_METRICS_HOST
 ) -> None:
     """Answer Prometheus in a thread; raises OSError when the port is taken."""
     registry = CollectorRegistry()
@@ -89,7 +95,11 @@ def status(
 ) -> dict[str, Any]:
     """Numbers for one line; latencies are NaN, here None, where no record said when it was sent."""
     seen = counts.latencies
-    quantiles = {"p50_ms": seen.quantile_ms(0.5, latencies_before), "p99_ms": seen.quantile_ms(0.99, latencies_before)}
+    quantiles = {
+        "p50_ms": seen.quantile_ms(0.5, latencies_before),
+        "p99_ms": seen.quantile_ms(0.99, latencies_before),
+        "state_lag_p99_ms": counts.state_lag.quantile_ms(0.99),
+    }
     since = counts.decided - (before["decided"] if before else 0)
     return {
         "decided": counts.decided,
@@ -98,6 +108,7 @@ def status(
         "outcomes": {str(outcome): number for outcome, number in counts.outcomes.items()},
         "dead_letters": counts.dead_letters,
         "repeats": counts.repeats,
+        "placed": counts.placed,
         "restarts": counts.restarts,
     }
 

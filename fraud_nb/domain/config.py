@@ -50,6 +50,7 @@ SHAPES: Mapping[str, tuple[str, str]] = {  # field: (pattern of the whole value,
         r"(postgresql|postgres)://\S+|\s*\w+\s*=.*",
         "write postgresql://user@host:5432/database or a DSN such as host=... dbname=...",
     ),
+    "metrics_host": (r"[\w.:-]+", "write an address of this machine: 127.0.0.1, or 0.0.0.0 for all it has"),
     "default_currency": (r"[A-Z]{3}", "write an ISO 4217 code of three capital letters, such as EUR"),
     "base_currency": (r"[A-Z]{3}", "write an ISO 4217 code of three capital letters, such as EUR"),
     "partitions": (r"0*([1-9]\d?|1\d\d|2[0-4]\d|25[0-6])", "write a whole number from 1 to 256"),
@@ -80,9 +81,11 @@ class Settings:
     kafka: str | None = None  # bootstrap servers; None = embedded
     redis: str | None = None  # URL; None = embedded
     postgres: str | None = None  # URL or DSN; None = embedded
-    owner_password: str = ""  # role that migrates the schema; empty is fine when embedded
-    writer_password: str = ""  # role of workers and service
-    reader_password: str = ""  # role of dashboard and replay
+    writer_password: str = ""  # of workers and service; these four are what `fraud migrate` sets, empty: left as it is
+    reader_password: str = ""  # of those who only look
+    promoter_password: str = ""  # of retrains, and of people who choose models
+    analyst_password: str = ""  # of the dashboard
+    metrics_host: str = "127.0.0.1"  # address at which a process answers Prometheus
     default_currency: str = "EUR"  # of a transaction that names none
     base_currency: str = "EUR"  # amounts are compared in this one
     partitions: int = 4  # of the topic transactions; fixed once there is data
@@ -107,9 +110,11 @@ class Settings:
             kafka=given.get("kafka"),
             redis=given.get("redis"),
             postgres=given.get("postgres"),
-            owner_password=given.get("owner_password", ""),
             writer_password=given.get("writer_password", ""),
             reader_password=given.get("reader_password", ""),
+            promoter_password=given.get("promoter_password", ""),
+            analyst_password=given.get("analyst_password", ""),
+            metrics_host=given.get("metrics_host", "127.0.0.1"),
             default_currency=given.get("default_currency", "EUR"),
             base_currency=given.get("base_currency", "EUR"),
             partitions=int(given.get("partitions", "4")),

@@ -202,6 +202,7 @@ class Counts:
     restarts: int = 0  # returns to step 1 of the protocol
     outcomes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(Outcome, 0))
     latencies: Latencies = field(default_factory=Latencies)  # of the records that say when they were sent
+    state_lag: Latencies = field(default_factory=Latencies)  # of each decision: from its commit to Redis
     stage_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))  # seconds spent, in all
     shared_version: int = 0  # read last
     untold: int = 0  # decisions made while nothing was shared
@@ -560,11 +561,13 @@ def decide_records(
     failpoint("committed")
     count(worker.counts, decided, len(refused), len(repeats))
     worker.counts.placed += len(places)
-    clock_in(worker.counts, [arrival.record for arrival in asked], worker.clock_ns())
+    committed_ns = worker.clock_ns()
+    clock_in(worker.counts, [arrival.record for arrival in asked], committed_ns)
     worker.store.save(
         {partition: (before[partition].next_offset, offset) for partition, offset in following.items()},
         {(partition, name): worker.profiles.dump(name) for name, partition in home.items()},
     )
+    worker.counts.state_lag.add(np.full(len(arrivals), (worker.clock_ns() - committed_ns) / 1e6))
     lap("save")
     failpoint("saved")
     rows = early | dict(zip(fresh, decided, strict=True))

@@ -207,6 +207,13 @@ def test_a_missing_wheel_names_the_remedy(folder: Path, monkeypatch: pytest.Monk
         up(folder, print, kafka="kafka:9092", postgres="postgresql://db/fraud")
 
 
+def test_servers_of_ones_own_need_no_folder(folder: Path) -> None:
+    home = folder / "not there"
+    given = Addresses("kafka:9092", "redis://cache:6379/0", "postgresql://db/fraud")
+    found = up(home, print, kafka=given.kafka, redis=given.redis, postgres=given.postgres)
+    assert found == given and not home.exists()
+
+
 def test_no_network_for_the_first_download_names_the_remedy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")

@@ -30,7 +30,7 @@ from ..domain.schema import Outcome, Reason, StatelessRequest, Transaction, enco
 from ..features.catalogue import FEATURE_NAMES, feature_set
 from ..features.fold import fold, fold_blind
 from ..features.profile import Profiles, StateCodecError
-from ..features.tiles import UNKNOWN, WIDTH, Readings
+from ..features.tiles import UNKNOWN, WIDTH, Readings, Tiles
 from ..features.windows import DAY_MS, HOUR_MS, events_of
 from .sharing import told_now
 from .stream import ADVICE, Advice, Partitioner, judgements_of
@@ -539,6 +539,8 @@ class Predictor:
 
     def warm_up(self, now_ms: int) -> None:
         """Compile and load what the first decision needs, so that its asker need not wait; nothing is recorded."""
+        tiles = Tiles.holding([], [])  # there may be none yet, and then nothing below would read them
+        tiles.read(tiles.slots_of([]), np.empty(0, np.int64))
         self.bench.decide([Transaction("", "", now_ms, 0, "EUR"), StatelessRequest("", 0, "EUR")], self.model, now_ms)
 
     def close(self) -> None:

@@ -98,11 +98,8 @@ class Settings:
     retrain_timeout_s: int = 7200  # assumption: the full preset takes some minutes on two cores
 
     @classmethod
-    def from_env(
-        cls,
-        environment: Mapping[str, str],  # usually os.environ; only FRAUD_ variables are looked at
-    ) -> "Settings":
-        """Read, check and freeze."""
+    def from_env(cls, environment: Mapping[str, str]) -> "Settings":
+        """Read, check and freeze the FRAUD_ variables of os.environ, or of another mapping."""
         given = read_variables(environment, tuple(field.name for field in fields(cls)))
         home = Path(given.get("home", ".fraud"))
         return cls(

@@ -17,6 +17,7 @@ import json
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -362,6 +363,7 @@ def fingerprints() -> dict[str, str]:  # feature name -> 16 hexadecimal digits
     return found
 
 # %% ../../nbs/13_catalogue.ipynb #a88e0b50
+@cache  # reading all sources takes 25 ms, and code does not change while it runs
 def feature_set() -> tuple[str, str]:  # 16 hexadecimal digits, and what they stand for (JSON)
     """The name of today's FEATURES with their fingerprints."""
     table = json.dumps(list(fingerprints().items()))

@@ -30,7 +30,7 @@ from ..domain.schema import Outcome, Reason, StatelessRequest, Transaction, enco
 from ..features.catalogue import FEATURE_NAMES, feature_set
 from ..features.fold import fold, fold_blind
 from ..features.profile import Profiles, StateCodecError
-from ..features.tiles import UNKNOWN, WIDTH, Readings
+from ..features.tiles import UNKNOWN, WIDTH, Readings, Tiles
 from ..features.windows import DAY_MS, HOUR_MS, events_of
 from .sharing import told_now
 from .stream import ADVICE, Advice, Partitioner, judgements_of
@@ -485,6 +485,12 @@ class Bench:
 
         return rows + rows_of(full, known, homes, model, self.rates, is_stale, now_ms)
 
+    def warm_up(self, model: Model, now_ms: int) -> None:
+        """Compile and load what a decision needs; there may be no tiles yet, and then `decide` would not read them."""
+        tiles = Tiles.holding([], [])
+        tiles.read(tiles.slots_of([]), np.empty(0, np.int64))
+        self.decide([Transaction("", "", now_ms, 0, "EUR"), StatelessRequest("", 0, "EUR")], model, now_ms)
+
 # %% ../../nbs/54_predict.ipynb #4420d1e2
 @dataclass(slots=True)
 class Predictor:
@@ -538,8 +544,8 @@ class Predictor:
         return self.watch.sweep(now_ms)
 
     def warm_up(self, now_ms: int) -> None:
-        """Compile and load what the first decision needs, so that its asker need not wait; nothing is recorded."""
-        self.bench.decide([Transaction("", "", now_ms, 0, "EUR"), StatelessRequest("", 0, "EUR")], self.model, now_ms)
+        """So that nobody waits for the compiler; nothing is recorded."""
+        self.bench.warm_up(self.model, now_ms)
 
     def close(self) -> None:
         """Publish what is recorded, and let go."""

@@ -4,6 +4,8 @@ import re
 import subprocess
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).parents[2]
 MAX_TARGETS = 12
 PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY")
@@ -51,6 +53,13 @@ def test_lock_has_a_hash_for_each_package() -> None:
     entries = lock_entries()
     bare = [entry.splitlines()[0] for entry in entries if not re.match(r"\S+==\S+[^\n]*\\\n\s+--hash=sha256:", entry)]
     assert entries and not bare, f"requirements.lock: no exact version and hash for {bare}; renew it (CONTRIBUTING.md)"
+
+
+def test_the_bento_asks_for_versions_of_the_lock() -> None:
+    locked = {re.split(r"[\\;]", entry)[0].strip() for entry in lock_entries()}
+    asked = yaml.safe_load((ROOT / "bentofile.yaml").read_text(encoding="utf-8"))["python"]["packages"]
+    strange = [each for each in asked if each.partition(";")[0].strip() not in locked]
+    assert asked and not strange, f"bentofile.yaml: {strange} are not in requirements.lock; take its versions"
 
 
 def test_no_private_key_is_committed() -> None:

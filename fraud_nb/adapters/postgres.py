@@ -114,6 +114,7 @@ TWO_WAYS_IN = """
     CREATE INDEX decisions_asked ON decisions (partition, state_version) WHERE origin = 'http';
     CREATE INDEX decisions_under_way ON decisions (record_time) WHERE origin = 'http' AND "offset" IS NULL;
     CREATE INDEX decisions_without_past ON decisions (transaction_id) WHERE "offset" IS NULL AND state_version IS NULL;
+    CREATE INDEX decisions_stateless ON decisions (record_time) WHERE origin = 'http-stateless';
     CREATE FUNCTION only_once() RETURNS trigger LANGUAGE plpgsql AS $$
         BEGIN RAISE EXCEPTION 'decisions: a row gets its offset once'; END $$;
     CREATE TRIGGER only_once BEFORE UPDATE ON decisions

@@ -15,6 +15,7 @@ import getpass
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -63,6 +64,7 @@ from ..pipeline.replay import NothingToReplay, replay, told
 from ..pipeline.stream import Worker, run
 from ..pipeline.verify import verify
 
+# %% ../../nbs/79_cli.ipynb #e2820290
 FAILURES = (
     servers.ServerError, Unavailable, SchemaMismatch, WrongPartitionCount, OffsetGap, BundleError, EvictingStore,
     AlreadyLive, AlreadyDecided, NoSuchModel, NothingToRollBackTo, NothingToReplay, JobFailed, InvalidFile, DemoFailed,
@@ -341,10 +343,10 @@ def command_stream(settings: Settings, arguments: argparse.Namespace) -> int:
 
 # %% ../../nbs/79_cli.ipynb #8028e0b5
 def command_dashboard(settings: Settings, arguments: argparse.Namespace) -> int:
-    """Serve the desk on loopback until Ctrl-C."""
+    """Serve the desk until Ctrl-C."""
     found = addresses_of(settings, say)
-    say(f"dashboard: http://127.0.0.1:{arguments.port}/ (Ctrl-C stops it)")
-    command = dashboard_command(arguments.port)
+    say(f"dashboard: http://{arguments.ip}:{arguments.port}/ (Ctrl-C stops it)")
+    command = dashboard_command(arguments.port, address=arguments.ip)
     os.execve(command[0], command, dashboard_environment(os.environ, found.postgres))  # noqa: S606 (our own command)
 
 # %% ../../nbs/79_cli.ipynb #4758aaef
@@ -412,7 +414,10 @@ def command_demo(settings: Settings, arguments: argparse.Namespace) -> int:
     """Everything at work; the last line is one JSON object."""
     environment = dict(os.environ)
     interrupted = until_signal()
-    plan = Demo(settings, environment, arguments.rate, arguments.seconds, say, interrupted, time.monotonic, time.sleep)
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    plan = Demo(
+        settings, environment, arguments.rate, arguments.seconds, say, interrupted, time.monotonic, time.sleep, browser
+    )
     result = demo(plan)
     if result is not None:
         sys.stdout.write(result + "\n")
@@ -458,7 +463,8 @@ def _common(command: argparse.ArgumentParser, *names: str) -> None:
             "metavar": "PORT",
             "help": "answer Prometheus; where: FRAUD_METRICS_HOST",
         },
-        "--port": {"type": int, "default": 8866, "metavar": "PORT", "help": "on loopback (default: 8866)"},
+        "--port": {"type": int, "default": 8866, "metavar": "PORT", "help": "of the page (default: 8866)"},
+        "--ip": {"default": "127.0.0.1", "help": "address; another one only behind a proxy (default: 127.0.0.1)"},
         "--model": {"type": Path, "metavar": "FILE", "help": "a model bundle, instead of the ledger's"},
         "--who": {"default": getpass.getuser(), "help": "who decides; for the ledger"},
         "--why": {"default": "by hand", "help": "for the ledger"},
@@ -580,7 +586,7 @@ _ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "produce": _produce_arguments,
     "simulate": _simulate_arguments,
     "stream": _stream_arguments,
-    "dashboard": lambda command: _common(command, "--port"),
+    "dashboard": lambda command: _common(command, "--ip", "--port"),
     "bento": _bento_arguments,
     "verify": lambda command: _common(command, "--model"),
     "replay": lambda command: _common(command, "id", "--model"),

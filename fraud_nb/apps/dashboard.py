@@ -502,10 +502,11 @@ def dashboard_command(
     notebook: Path = NOTEBOOK,
     pool: int = 1,  # kernels that wait for visitors, ready
     quiet_s: int = 45,  # a kernel without a browser may be quiet so long
+    address: str = "127.0.0.1",  # another one only behind a proxy that signs people in
 ) -> list[str]:
     """The Voila command line."""
     return [
-        sys.executable, "-m", "voila", str(notebook), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1",
+        sys.executable, "-m", "voila", str(notebook), "--no-browser", f"--port={port}", f"--Voila.ip={address}",
         "--Voila.port_retries=0", "--template=desk", "--strip_sources=True", "--show_tracebacks=False",
         f"--preheat_kernel={pool > 0}", f"--pool_size={pool}",
         f"--VoilaConfiguration.extension_allowlist={EXTENSIONS}", f"--VoilaConfiguration.http_header_envs=['{HEADER}']",

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -117,7 +117,8 @@ def ask(
     """One question on a connection of its own."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
     try:
-        connection.request(method, path, body, JSON if headers is None else headers)
+        with suppress(BrokenPipeError, ConnectionResetError):  # it may answer, and close, before it has the whole body
+            connection.request(method, path, body, JSON if headers is None else headers)
         response = connection.getresponse()
         return Told(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
     finally:

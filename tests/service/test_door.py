@@ -106,7 +106,7 @@ def test_other_types_than_json_are_refused_before_reading(at_home: House) -> Non
 def test_a_large_body_is_refused_by_its_length_and_in_chunks(at_home: House) -> None:
     large = b" " * MAX_MESSAGE_BYTES + SEED
     problem(at_home.predict(large), 413, "too_large", "message")
-    chunks = (large[start : start + 8_192] for start in range(0, len(large), 8_192))
+    chunks = (large[start : start + 32_768] for start in range(0, len(large), 32_768))
     problem(at_home.ask("POST", "/predict", chunks), 413, "too_large", "message")
     head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %s\r\n\r\n"
     for length in (b"999999999", b"9" * 30):  # announced, and refused before a byte of it came

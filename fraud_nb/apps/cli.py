@@ -45,7 +45,6 @@ from . import schedule
 from .checks import findings
 from .dashboard import dashboard_command, dashboard_environment
 from .demo import Demo, DemoFailed, demo
-from .jobs import InvalidParameter, JobFailed, Value, checked_values, parameters_of, run_job
 from .metrics import WorkerCollector, log_to, serve_metrics, status
 from .parts import model_in, open_feed, open_intake, open_shelf, open_worker, partitioner_of, say, say_over
 from .work import Hourglass, Life, Reporter, aside, share
@@ -56,6 +55,7 @@ from ..features.windows import DAY_MS
 from ..operations.backfill import Past, backfill, file_past, known_by, simulated_past, write_past
 from ..operations.backtest import moment_ms
 from ..operations.files import InvalidFile, InvalidMap, MappedBatch, check, read_map, report_lines, rows_of
+from ..operations.jobs import InvalidParameter, JobFailed, Value, checked_values, parameters_of, run_job
 from ..operations.produce import Message, Sent, going_on, produce, recorded, shop_town, with_labels
 from ..operations.release import attach_card, promote_model, roll_back
 from ..pipeline.champion import Champion, Shelf

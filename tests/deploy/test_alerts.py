@@ -103,6 +103,7 @@ def test_panel_asks_for_what_exists(panel: dict[str, Any]) -> None:
 def test_all_that_a_worker_shows_is_on_the_board() -> None:
     shown = set().union(*(check(target["expr"]) for target in QUERIES))
     left_out = {"fraud_records_total", "fraud_latency_seconds_count", "fraud_latency_seconds_sum"}
+    left_out |= {"fraud_state_lag_seconds_count", "fraud_state_lag_seconds_sum"}
     assert set(worker_metrics()) - shown == left_out
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fraud_nb.apps.jobs import InvalidParameter, checked_values, parameters_of
 from fraud_nb.apps.schedule import GATE, error_in
 from fraud_nb.decision.bundle import unpack
+from fraud_nb.operations.jobs import InvalidParameter, checked_values, parameters_of
 from tests.e2e.stream_kit import fraud
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis.checks import CHECKS
 
-from fraud_nb.apps.contract import description
+from fraud_nb.pipeline.contract import description
 from tests.service.service_kit import House, house
 
 schema = schemathesis.openapi.from_dict(description())

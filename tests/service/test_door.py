@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from fraud_nb.apps import contract, door
-from fraud_nb.apps.contract import MAX_BATCH, MAX_BATCH_BYTES, ROUTES
+from fraud_nb.apps import door
 from fraud_nb.apps.service import MAX_WAITING, MOST_TOGETHER
 from fraud_nb.domain.config import Settings
 from fraud_nb.domain.schema import MAX_MESSAGE_BYTES
+from fraud_nb.pipeline import contract
+from fraud_nb.pipeline.contract import MAX_BATCH, MAX_BATCH_BYTES, ROUTES
 from tests.service.service_kit import CANARY, JSON, KEY, SEED, House, full, house, raw, wait_until
 
 

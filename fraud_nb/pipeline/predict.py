@@ -30,10 +30,10 @@ from ..domain.schema import Outcome, Reason, StatelessRequest, Transaction, enco
 from ..features.catalogue import FEATURE_NAMES, feature_set
 from ..features.fold import fold, fold_blind
 from ..features.profile import Profiles, StateCodecError
-from ..features.tiles import UNKNOWN, WIDTH, Readings, Tiles
+from ..features.tiles import UNKNOWN, WIDTH, Readings
 from ..features.windows import DAY_MS, HOUR_MS, events_of
 from .sharing import told_now
-from .stream import ADVICE, Advice, Partitioner, judgements_of
+from .stream import ADVICE, Advice, Partitioner, judgements_of, warm_up
 
 # %% ../../nbs/54_predict.ipynb #03c8fcf3
 Request = Transaction | StatelessRequest
@@ -486,9 +486,8 @@ class Bench:
         return rows + rows_of(full, known, homes, model, self.rates, is_stale, now_ms)
 
     def warm_up(self, model: Model, now_ms: int) -> None:
-        """Compile and load what a decision needs; there may be no tiles yet, and then `decide` would not read them."""
-        tiles = Tiles.holding([], [])
-        tiles.read(tiles.slots_of([]), np.empty(0, np.int64))
+        """Compile or load what a decision needs."""
+        warm_up(model, self.partitioner)
         self.decide([Transaction("", "", now_ms, 0, "EUR"), StatelessRequest("", 0, "EUR")], model, now_ms)
 
 # %% ../../nbs/54_predict.ipynb #4420d1e2

@@ -7,7 +7,7 @@ __all__ = ['FUTURE_MS', 'Partitioner', 'FASTEST_MS', 'GROWTH', 'BINS', 'STAGES',
            'prediction', 'letters_of', 'dead_letter', 'predictions', 'Latencies', 'Counts', 'count', 'Advice',
            'advice_of', 'sent_ns', 'clock_in', 'Stopwatch', 'Publisher', 'Worker', 'next_offsets', 'Arrival',
            'split_repeats', 'recall', 'events_of_rows', 'roll_forward', 'judgements_of', 'decide', 'given_places',
-           'take_over', 'publish_again', 'decide_records', 'step', 'run']
+           'take_over', 'publish_again', 'decide_records', 'step', 'warm_up', 'run']
 
 # %% ../../nbs/51_stream.ipynb #db8812d0
 import gc
@@ -38,6 +38,7 @@ from fraud_nb.adapters.postgres import (
     Repeat,
 )
 from ..decision.judge import Model, judge
+from ..decision.reasons import reasons
 from ..domain.money import Rates
 from fraud_nb.domain.schema import (
     Decision,
@@ -52,7 +53,7 @@ from fraud_nb.domain.schema import (
 from ..features.catalogue import feature_set
 from ..features.fold import fold
 from ..features.profile import Profiles, StateCodecError
-from ..features.tiles import Readings
+from ..features.tiles import Readings, Tiles
 from ..features.windows import MINUTE_MS, Events, events_of
 from .sharing import Sharing, close_version, failpoint, told_now
 
@@ -605,6 +606,17 @@ def step(
         raise
 
 
+def warm_up(model: Model, partitioner: Partitioner) -> None:
+    """Compile or load what deciding needs, on a purchase of nobody: the first one need not wait for it."""
+    profiles, tiles, nobody = Profiles(), Tiles.holding([], []), Transaction("", "", 0, 0, "EUR")
+    tiles.read(tiles.slots_of([]), np.empty(0, np.int64))
+    vectors = fold(profiles, [""], events_of([nobody], Rates()))
+    profiles.load([""], [profiles.dump("")])
+    judge(model, vectors, np.zeros(1, np.int64), "EUR", breaker_open=False)
+    reasons(vectors, model.scorer.contributions(vectors), "EUR", model.scorer.names)
+    partitioner([b""], 1)
+
+
 def run(
     worker: Worker,
     stopping: Callable[[], bool],  # asked before every turn
@@ -614,6 +626,7 @@ def run(
     ),  # what else is to be done before every turn, such as exchanging the model
 ) -> None:
     """Work until told to stop; servers may go and come back."""
+    warm_up(worker.model, worker.partitioner)
     gc.freeze()  # libraries and model are here to stay: the collector need not walk through them again and again
     while not stopping():
         try:

@@ -38,7 +38,7 @@ from ..pipeline.champion import Shelf
 from ..pipeline.intake import Intake
 from ..pipeline.predict import Bench, Link, Outbox, Predictor, Thing, Watch
 from ..pipeline.sharing import Sharing
-from ..pipeline.stream import Partitioner, Publisher, Worker
+from ..pipeline.stream import Partitioner, Worker
 
 # %% ../../nbs/70_parts.ipynb #547ff255
 def say(line: str) -> None:
@@ -84,7 +84,7 @@ def open_worker(
     source, store = KafkaSource(found.kafka), RedisStateStore(found.redis)
     return Worker(
         source,
-        Publisher(KafkaSink(found.kafka, source, f"fraud-{uuid.uuid4().hex}")),
+        KafkaSink(found.kafka, source, f"fraud-{uuid.uuid4().hex}"),
         store,
         PostgresLog(found.postgres),
         model,

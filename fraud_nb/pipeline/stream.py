@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['FUTURE_MS', 'Partitioner', 'FASTEST_MS', 'GROWTH', 'BINS', 'STAGES', 'ADVICE', 'read_advice', 'hash_of', 'admit',
            'prediction', 'letters_of', 'dead_letter', 'predictions', 'Latencies', 'Counts', 'count', 'Advice',
-           'advice_of', 'sent_ns', 'clock_in', 'Stopwatch', 'Publisher', 'Worker', 'next_offsets', 'Arrival',
-           'split_repeats', 'recall', 'events_of_rows', 'roll_forward', 'judgements_of', 'decide', 'given_places',
-           'take_over', 'publish_again', 'decide_records', 'step', 'warm_up', 'run']
+           'advice_of', 'sent_ns', 'clock_in', 'Stopwatch', 'Worker', 'next_offsets', 'Arrival', 'split_repeats',
+           'recall', 'events_of_rows', 'roll_forward', 'judgements_of', 'decide', 'given_places', 'take_over',
+           'publish_again', 'decide_records', 'step', 'warm_up', 'run']
 
 # %% ../../nbs/51_stream.ipynb #db8812d0
 import gc
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -287,42 +286,13 @@ class Stopwatch:
         self._stage_s[stage] += (now_ns - self._last_ns) / 1e9
         self._last_ns = now_ns
 
-# %% ../../nbs/51_stream.ipynb #7c1e0004
-class Publisher:
-    """Publishes one batch after the other, in a thread."""
-
-    def __init__(self, sink: Sink) -> None:
-        self._sink = sink
-        self._thread = ThreadPoolExecutor(1, "publisher")
-        self._under_way: Future[None] | None = None
-
-    def _publish(self, records: Sequence[Outgoing], following: Mapping[int, int], generation: int) -> None:
-        self._sink.publish(records, following, generation)
-        failpoint("published")
-
-    def publish(
-        self,
-        records: Sequence[Outgoing],
-        following: Mapping[int, int],  # partition: the group's offset after these records
-        generation: int,  # when their partitions were claimed
-    ) -> None:
-        """Begin, as soon as the last one has ended; raises what that one raised."""
-        self.settle()
-        self._under_way = self._thread.submit(self._publish, records, following, generation)
-
-    def settle(self) -> None:
-        """Wait for the end of what is under way; raises Fenced or Unavailable."""
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            under_way.result()
-
 # %% ../../nbs/51_stream.ipynb #7a062079
 @dataclass(slots=True)
 class Worker:
     """One member of the consumer group: what it works with, and what it holds in memory."""
 
     source: Source
-    publisher: Publisher
+    sink: Sink
     store: StateStore
     log: PostgresLog
     model: Model  # may be exchanged between two steps
@@ -491,7 +461,6 @@ def given_places(
 # %% ../../nbs/51_stream.ipynb #30f5ba05
 def take_over(worker: Worker) -> None:
     """Claim the assigned partitions, bring Redis up to the log, and go to where publishing stopped."""
-    worker.publisher.settle()
     generation, assigned = worker.source.generation(), sorted(worker.source.assigned())
     worker.profiles, worker.claims = Profiles(), worker.log.claim(assigned)
     failpoint("claimed")
@@ -520,7 +489,7 @@ def publish_again(
             outgoing += predictions(page)
         for offset, field_name, reason in worker.log.read_dead_letters(partition, first, stop):
             outgoing.append(dead_letter(mine[offset], field_name, reason))
-    worker.publisher.publish(outgoing, next_offsets(records), worker.source.generation())
+    worker.sink.publish(outgoing, next_offsets(records), worker.source.generation())
 
 # %% ../../nbs/51_stream.ipynb #30a3f63d
 def decide_records(
@@ -574,8 +543,9 @@ def decide_records(
     rows = early | dict(zip(fresh, decided, strict=True))
     letters = [dead_letter(record, error.field, error.reason) for record, error in refused]
     outgoing = [*predictions([rows[index] for index in range(len(arrivals))]), *letters]
-    worker.publisher.publish(outgoing, following, worker.source.generation())
+    worker.sink.publish(outgoing, following, worker.source.generation())
     lap("publish")
+    failpoint("published")
     worker.claims.update({p: Claim(before[p].epoch, offset) for p, offset in following.items()})
 
 # %% ../../nbs/51_stream.ipynb #5d8ae694
@@ -586,8 +556,6 @@ def step(
     """Steps 1 to 8, once; raises Fenced, AlreadyDecided or Unavailable, after which it may simply be called again."""
     try:
         records = worker.source.poll(timeout_s, worker.batch_size)
-        if not records:
-            worker.publisher.settle()
         if worker.source.generation() != worker.generation:
             if worker.source.assigned():  # else we wait for the group to give us something
                 take_over(worker)
@@ -634,5 +602,3 @@ def run(
             step(worker)
         except (Fenced, AlreadyDecided, Unavailable):
             pause(0.5)
-    with suppress(Fenced, Unavailable):  # what the log has and the topic has not, the next worker publishes
-        worker.publisher.settle()

@@ -30,7 +30,7 @@ from fraud_nb.adapters.kafka_bus import TRANSACTIONS, create_topics, murmur2_par
 from fraud_nb.adapters.ports import Outgoing, Unavailable
 from fraud_nb.adapters.postgres import LogOverview, LogReader, migrate
 from fraud_nb.adapters.servers import Addresses, ServerError
-from fraud_nb.apps.demo import Running, start
+from fraud_nb.apps.demo import Running, fraud_command, start
 from fraud_nb.apps.parts import say, say_over
 from fraud_nb.decision.bundle import TrainingWindow
 from fraud_nb.decision.policy import Policy
@@ -191,7 +191,8 @@ class Moment(NamedTuple):
 @contextmanager
 def stream(bench: Bench, *words: str) -> Iterator[Running]:
     """`fraud stream` at work, ended at the latest when the block ends."""
-    worker = start(("stream", "--model", str(bench.model), *words), bench.environment, bench.home / "bench.log")
+    command = fraud_command("stream", "--model", str(bench.model), *words)
+    worker = start(command, bench.environment, bench.home / "bench.log")
     try:
         yield worker
     finally:
@@ -290,7 +291,8 @@ def measure_latency(bench: Bench, rate: int) -> dict[str, Any]:
         while "ready" not in worker.said:
             require_moving(worker, due_s, "getting ready")
             time.sleep(0.05)
-        sender = start(("simulate", "--rate", str(rate), *town), bench.environment, bench.home / "bench.log")
+        simulate = fraud_command("simulate", "--rate", str(rate), *town)
+        sender = start(simulate, bench.environment, bench.home / "bench.log")
         try:
             window = warm_window(worker, seconds, rate * seconds / 2)
         finally:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fraud_nb.features.catalogue import FEATURE_NAMES
-from fraud_nb.features.fold import fold
+from fraud_nb.features.fold import fold, fold_blind
 from fraud_nb.features.profile import CAPACITY, Profiles
 from fraud_nb.features.tiles import KINDS, READINGS, UNKNOWN, WIDTH
 from fraud_nb.features.windows import EVENT, Events
@@ -274,6 +274,27 @@ def test_largest_sum_is_rounded_once() -> None:
     stream = [("a", dict.fromkeys(FIELDS, 0) | {"event_time": BASE, "amount": part}) for part in [*parts, 0]]
     vectors = run(Profiles(), stream)
     assert bits(float(vectors[-1, FEATURE_NAMES.index("customer_sum_1m")])) == bits(target)
+
+
+@settings(THOROUGH, max_examples=100)
+@given(streams, st.lists(st.booleans(), min_size=60, max_size=60))
+def test_what_is_only_asked_about_is_not_learned(stream: Stream, coins: list[bool]) -> None:
+    """Over HTTP a purchase is asked about before it is learned; the oracle answers, and does not accept it."""
+    profiles, oracle = Profiles(arena_events=8), Oracle()
+    learned = np.array(coins[: len(stream)], np.bool_)
+    vectors = fold(profiles, customers_of(stream), events_of(stream), learned=learned)
+    for (customer, event), vector, is_learned in zip(stream, vectors, learned.tolist(), strict=True):
+        check_vector(oracle, customer, event, vector)
+        if is_learned:
+            oracle.accept(customer, event)
+    for customer in "abc":
+        assert rows_of(profiles.rows(customer)) == oracle.state(customer)
+
+
+def test_where_the_past_cannot_be_read_only_the_purchase_is_known() -> None:
+    (vector,) = fold_blind(events_of([("a", BUSY)]))
+    known = {name for name, value in zip(FEATURE_NAMES, vector, strict=True) if not np.isnan(value)}
+    assert known == {"amount", "hour", "weekday", "is_night"}
 
 
 @settings(THOROUGH, max_examples=100)

@@ -318,7 +318,9 @@ def command_stream(settings: Settings, arguments: argparse.Namespace) -> int:
     champion = None if fixed else Champion(Shelf(LedgerReader(found.postgres)), log.error)
     model = champion.current(None, time.monotonic()) if champion else fixed
     if model is None:
-        say("fraud: the ledger has no champion (run: fraud retrain --promote), or name a file: --model FILE")
+        refused = champion is not None and champion.refused is not None
+        why = "the champion is refused, as said above" if refused else "the ledger has no champion"
+        say(f"fraud: {why} (run: fraud retrain --promote), or name a file: --model FILE")
         return 1
     worker, intake = open_worker(settings, found, model), open_intake(found)
     if arguments.metrics_port:
@@ -396,6 +398,9 @@ def command_verify(settings: Settings, arguments: argparse.Namespace) -> int:
         f"verify: {len(verdict.differences)} mismatches in {verdict.decisions} decisions; "
         f"{verdict.skipped} made by other definitions left out"
     )
+    if verdict.skipped and not verdict.decisions:
+        say("verify: nothing was compared; run it with the code that decided, to prove anything")
+        return 1
     return 1 if verdict.differences else 0
 
 

@@ -351,6 +351,7 @@ def _parts(
             yield f"{name}={used.tolist()!r}"
 
 
+@cache  # of the code that runs: the files it came from may be exported anew at any moment
 def fingerprints() -> dict[str, str]:  # feature name -> 16 hexadecimal digits
     """The fingerprint of every feature's definition."""
     found = {}
@@ -363,7 +364,7 @@ def fingerprints() -> dict[str, str]:  # feature name -> 16 hexadecimal digits
     return found
 
 # %% ../../nbs/13_catalogue.ipynb #a88e0b50
-@cache  # reading all sources takes 25 ms, and code does not change while it runs
+@cache
 def feature_set() -> tuple[str, str]:  # 16 hexadecimal digits, and what they stand for (JSON)
     """The name of today's FEATURES with their fingerprints."""
     table = json.dumps(list(fingerprints().items()))

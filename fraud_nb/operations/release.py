@@ -16,7 +16,7 @@ from typing import Any
 
 from ..adapters.ledger import CHAMPION, Ledger, LedgerReader, Promotion, validate_bundle
 from ..adapters.servers import addresses_of
-from ..decision.bundle import Bundle, sha256_of, unpack
+from ..decision.bundle import Bundle, BundleError, sha256_of, unpack
 from ..domain.config import Settings
 
 # %% ../../nbs/64_release.ipynb #cd9772d3
@@ -34,10 +34,15 @@ def _quiet(_line: str) -> None:
 def present_champion(
     settings: Settings,
 ) -> Bundle | None:
-    """The model that judges now, to be measured beside a new one; None before the first."""
+    """The model that judges now, to be measured beside a new one; None if there is none that this code can open."""
     ledger = LedgerReader(addresses_of(settings, _quiet).postgres)
     promotion = ledger.champion()
-    return None if promotion is None else unpack(*ledger.bundle(promotion.model_version))
+    if promotion is None:
+        return None
+    try:
+        return unpack(*ledger.bundle(promotion.model_version))
+    except BundleError:  # a retrain is the way out of that
+        return None
 
 # %% ../../nbs/64_release.ipynb #3aca7fca
 def release_model(

@@ -575,7 +575,8 @@ def step(
 
 
 def warm_up(model: Model, partitioner: Partitioner) -> None:
-    """Compile or load what deciding needs, on a purchase of nobody: the first one need not wait for it."""
+    """Read, compile or load what deciding needs, on a purchase of nobody: the first one need not wait for it."""
+    feature_set()
     profiles, tiles, nobody = Profiles(), Tiles.holding([], []), Transaction("", "", 0, 0, "EUR")
     tiles.read(tiles.slots_of([]), np.empty(0, np.int64))
     vectors = fold(profiles, [""], events_of([nobody], Rates()))

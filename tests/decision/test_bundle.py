@@ -1,5 +1,6 @@
 """A bundle opens whole or not at all."""
 
+import inspect
 import random
 import zipfile
 from io import BytesIO
@@ -19,7 +20,7 @@ from fraud_nb.decision.bundle import (
     unpack,
 )
 from fraud_nb.decision.scorer import Scorer
-from fraud_nb.features.catalogue import FEATURE_NAMES, Vector
+from fraud_nb.features.catalogue import FEATURE_NAMES, Vector, fingerprints
 
 NAMES = ("speed_from_last", "amount", "customer_count_1h", "same_device_count")
 KNOTS = [(-6.0, 0.001), (0.0, 0.4), (4.0, 0.98)]
@@ -165,3 +166,14 @@ def test_rows_score_the_same_alone_and_together(content: bytes) -> None:
     alone = np.concatenate([scorer.score(VECTORS[row : row + 1]).margin for row in range(len(VECTORS))])
     assert alone.tobytes() == together.margin.tobytes()
     assert np.allclose(scorer.contributions(VECTORS).sum(axis=1), together.margin, atol=1e-3)
+
+
+def test_a_fingerprint_is_of_the_code_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export under a running worker changes the files, and not what it computes."""
+    before = fingerprints()
+
+    def changed(_: object) -> str:
+        raise AssertionError("the file was read again")
+
+    monkeypatch.setattr(inspect, "getsource", changed)
+    assert fingerprints() == before

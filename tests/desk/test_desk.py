@@ -101,7 +101,7 @@ def test_every_row_is_counted_once_however_the_looks_fall(shop: Shop, reader: De
 
 
 def test_history_is_not_counted(shop: Shop, reader: DeskReader) -> None:
-    old = Logged(0, -1, Transaction("h-1", "ada", NOON, 100, "EUR"), 100, b"", NOON, None)
+    old = Logged(0, -1, Transaction("h-1", "ada", NOON, 100, "EUR"), 100, b"", NOON, None, "backfill")
     HistoryLoader(shop.dsn).load([(old, [Label("h-1", True, NOON)])])
     look = reader.look(Seen())
     assert look.counts.decided == 0 and look.seen.frauds == 0 and look.seen.label_seq == 1

@@ -133,7 +133,7 @@ def test_quantiles_of_buckets_are_in_the_right_bucket(latencies: list[float], pa
 def test_latency_comes_from_the_metrics_of_the_workers() -> None:
     books, port = Books(), free_port()
     worker: Any = SimpleNamespace(counts=books, model=SimpleNamespace(version=3))
-    serve_metrics(WorkerCollector(worker, None), port)
+    serve_metrics(WorkerCollector(worker, None), port, "127.0.0.1")
     urls = [f"http://127.0.0.1:{port}/metrics", "http://127.0.0.1:1/metrics"]
     latency = Latency(urls)
     assert latency.read(latency_buckets(urls)) == ["–", "nothing decided in the last minute"]

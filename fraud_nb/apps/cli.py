@@ -380,7 +380,7 @@ def command_bento(settings: Settings, arguments: argparse.Namespace) -> int:
 
     version = keep_champion(LedgerReader(addresses_of(settings, say).postgres))
     tag = build_bento(BENTOFILE, arguments.out)
-    elsewhere = f"; elsewhere: bentoml import {arguments.out}, first" if arguments.out else ""
+    elsewhere = f"; elsewhere: bentoml import {arguments.out.resolve()}, first" if arguments.out else ""
     say(f"bento: {tag} with model {version}; run it with: bentoml serve {tag}{elsewhere}")
     sys.stdout.write(f"{tag}\n")
     return 0

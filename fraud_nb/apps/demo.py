@@ -57,7 +57,7 @@ class Running:
 
 
 def _listen(running: Running, log: Path) -> None:
-    with log.open("a") as file:
+    with log.open("a", buffering=1) as file:  # line by line, for who looks at it
         for line in running.process.stderr or ():
             file.write(line)
             try:

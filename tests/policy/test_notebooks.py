@@ -145,6 +145,13 @@ def test_no_error_output(path: Path) -> None:
 
 
 @each_notebook
+def test_no_output_names_a_machine(path: Path) -> None:
+    for where, cell, _ in cells(path, "code"):
+        found = [text for text in output_texts(cell) if re.search(r"(?<![\w.:])/(tmp|home|root|work|Users)/", text)]
+        assert not found, f"{where}: the output names a folder of somebody's machine; show less of it"
+
+
+@each_notebook
 def test_no_card_number_in_output(path: Path) -> None:
     for where, cell, _ in cells(path, "code"):
         shown = [number for text in output_texts(cell) for number in card_numbers(text)]

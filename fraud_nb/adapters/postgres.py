@@ -446,6 +446,15 @@ class Session:
 class LogRows(Session):
     """The rows of the decision log, in order."""
 
+    def _select(
+        self,
+        which: str,  # SQL of ours, from WHERE on
+        values: Sequence[object],
+    ) -> list[Logged]:
+        with self._transaction() as cursor:
+            cursor.execute(f"SELECT {COLUMNS} FROM decisions {which}", values)  # noqa: S608 (ours)
+            return [_logged(row) for row in cursor.fetchall()]
+
     def read(
         self,
         partition: int,
@@ -455,25 +464,18 @@ class LogRows(Session):
     ) -> Iterator[list[Logged]]:
         """Rows in order of offset, page by page."""
         while start < stop:
-            with self._transaction() as cursor:
-                cursor.execute(
-                    f"SELECT {COLUMNS} FROM decisions WHERE partition = %s "  # noqa: S608 (COLUMNS is ours)
-                    'AND "offset" >= %s AND "offset" < %s ORDER BY "offset" LIMIT %s',
-                    (partition, start, stop, page),
-                )
-                rows = [_logged(row) for row in cursor.fetchall()]
+            rows = self._select(
+                'WHERE partition = %s AND "offset" >= %s AND "offset" < %s ORDER BY "offset" LIMIT %s',
+                (partition, start, stop, page),
+            )
             if rows:
                 yield rows
             start = rows[-1].offset + 1 if len(rows) == page else stop
 
     def stored(self, transaction_ids: Sequence[str]) -> dict[str, Logged]:
         """The rows of those ids that have one."""
-        with self._transaction() as cursor:
-            cursor.execute(
-                f"SELECT {COLUMNS} FROM decisions WHERE transaction_id = ANY(%s)",  # noqa: S608 (COLUMNS is ours)
-                (list(transaction_ids),),
-            )
-            return {str(row[0]): _logged(row) for row in cursor.fetchall()}
+        rows = self._select("WHERE transaction_id = ANY(%s)", (list(transaction_ids),))
+        return {row.transaction.transaction_id: row for row in rows}
 
     def read_dead_letters(self, partition: int, start: int, stop: int) -> list[tuple[int, str, str]]:
         """Offset, field and reason of the records that were no transactions, in order."""
@@ -508,13 +510,11 @@ class LogReader(LogRows):
         stop: int,  # ... and below this
     ) -> list[Logged]:
         """Decisions made over HTTP from profiles that had come so far, in that order; some have no offset yet."""
-        with self._transaction() as cursor:
-            cursor.execute(
-                f"SELECT {COLUMNS} FROM decisions WHERE origin = 'http' AND partition = %s "  # noqa: S608 (ours)
-                "AND state_version >= %s AND state_version < %s ORDER BY state_version, transaction_id",
-                (partition, start, stop),
-            )
-            return [_logged(row) for row in cursor.fetchall()]
+        return self._select(
+            "WHERE origin = 'http' AND partition = %s AND state_version >= %s AND state_version < %s "
+            "ORDER BY state_version, transaction_id",
+            (partition, start, stop),
+        )
 
     def without_past(
         self,
@@ -523,13 +523,11 @@ class LogReader(LogRows):
         """Decisions for which nobody's past was read and that have no offset, page by page."""
         last = ""
         while True:
-            with self._transaction() as cursor:
-                cursor.execute(
-                    f'SELECT {COLUMNS} FROM decisions WHERE "offset" IS NULL AND state_version IS NULL '  # noqa: S608
-                    "AND transaction_id > %s ORDER BY transaction_id LIMIT %s",
-                    (last, page),
-                )
-                rows = [_logged(row) for row in cursor.fetchall()]
+            rows = self._select(
+                'WHERE "offset" IS NULL AND state_version IS NULL AND transaction_id > %s '
+                "ORDER BY transaction_id LIMIT %s",
+                (last, page),
+            )
             if rows:
                 yield rows
             if len(rows) < page:
@@ -564,13 +562,9 @@ class LogOverview(LogReader):
 
     def latest_alerts(self, count: int) -> list[Logged]:
         """The newest decisions that were not approve, newest first."""
-        with self._transaction() as cursor:
-            cursor.execute(
-                f"SELECT {COLUMNS} FROM decisions WHERE outcome <> 'approve' "  # noqa: S608 (COLUMNS is ours)
-                'ORDER BY record_time DESC, "offset" DESC LIMIT %s',
-                (count,),
-            )
-            return [_logged(row) for row in cursor.fetchall()]
+        return self._select(
+            """WHERE outcome <> 'approve' ORDER BY record_time DESC, "offset" DESC LIMIT %s""", (count,)
+        )
 
     def find(self, transaction_id: str) -> Logged | None:
         """The row of one transaction; None where there is none."""
@@ -583,13 +577,10 @@ class LogOverview(LogReader):
         stop: int,  # one past the last offset
     ) -> list[Logged]:
         """A customer's rows by offset."""
-        with self._transaction() as cursor:
-            cursor.execute(
-                f"SELECT {COLUMNS} FROM decisions WHERE customer_id = %s AND partition = %s "  # noqa: S608 (ours)
-                'AND "offset" < %s ORDER BY "offset"',
-                (customer_id, partition, stop),
-            )
-            return [_logged(row) for row in cursor.fetchall()]
+        return self._select(
+            'WHERE customer_id = %s AND partition = %s AND "offset" < %s ORDER BY "offset"',
+            (customer_id, partition, stop),
+        )
 
     def tally(self) -> Tally:
         """How much of everything the log holds."""
@@ -683,13 +674,10 @@ class AnswerLog(LogWriter):
         limit: int = 1_000,
     ) -> list[Logged]:
         """Decisions that the topic has not given an offset yet, oldest first."""
-        with self._transaction() as cursor:
-            cursor.execute(
-                f"SELECT {COLUMNS} FROM decisions WHERE origin = 'http' AND \"offset\" IS NULL "  # noqa: S608 (ours)
-                "AND record_time < %s ORDER BY record_time LIMIT %s",
-                (decided_before, limit),
-            )
-            return [_logged(row) for row in cursor.fetchall()]
+        return self._select(
+            """WHERE origin = 'http' AND "offset" IS NULL AND record_time < %s ORDER BY record_time LIMIT %s""",
+            (decided_before, limit),
+        )
 
 # %% ../../nbs/43_postgres.ipynb #49289416
 class AlreadyLive(RuntimeError):

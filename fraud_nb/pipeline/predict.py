@@ -33,7 +33,7 @@ from ..features.profile import Profiles, StateCodecError
 from ..features.tiles import UNKNOWN, WIDTH, Readings
 from ..features.windows import DAY_MS, HOUR_MS, events_of
 from .sharing import told_now
-from .stream import ADVICE, Advice, Partitioner, judgements_of, warm_up
+from .stream import ADVICE, Advice, Partitioner, encode_advice, judgements_of, warm_up
 
 # %% ../../nbs/54_predict.ipynb #03c8fcf3
 Request = Transaction | StatelessRequest
@@ -375,14 +375,13 @@ class Watch:
         return max(known) if len(known) == len(ages) else None
 
 # %% ../../nbs/54_predict.ipynb #398acc12
-_encode = msgspec.json.Encoder().encode
-
-
 def advice_in(
     judgement: Judgement,
 ) -> bytes:  # JSON
     """What the topic carries of an answer that is not recorded."""
-    return _encode(Advice(judgement.probability, judgement.outcome, judgement.model_version, judgement.policy_version))
+    return encode_advice(
+        Advice(judgement.probability, judgement.outcome, judgement.model_version, judgement.policy_version)
+    )
 
 
 def record(

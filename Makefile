@@ -45,13 +45,11 @@ export: setup ## format the notebooks, write fraud_nb/ from them, clean them
 	$(BIN)/ruff format --quiet nbs
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
-	@find fraud_nb -name '*.nb[ic]' -delete # numba's cache looks at one file's age, not at the constants it imports
 
 lab: setup ## open JupyterLab on this repository, on this machine only
 	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=. $(if $(filter 0,$(shell id -u)),--allow-root) # in a container
 
 test: setup ## everything a change must pass, in the order of CI
-	@find fraud_nb -name '*.nb[ic]' -delete
 	@scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	bin=$$PWD/$(BIN); cp -R nbs fraud_nb settings.ini pyproject.toml "$$scratch"; cd "$$scratch"; \
 	"$$bin/ruff" format --quiet nbs; "$$bin/nbdev_export"; "$$bin/nbdev_clean"; cd "$$OLDPWD"; \

@@ -24,7 +24,7 @@ from kafka.record.memory_records import MemoryRecordsBuilder
 from kafka.structs import ConsumerGroupMetadata, OffsetAndMetadata
 
 from .ports import BusUnavailable, Fenced, OffsetGap, Outgoing, Record
-from ..domain.geo import compiled
+from ..domain.machine import compiled
 
 # %% ../../nbs/44_kafka_bus.ipynb #1786a656
 TRANSACTIONS, LABELS, PREDICTIONS, DEAD_LETTERS = "transactions", "labels", "predictions", "dead-letters"

@@ -15,7 +15,7 @@ import hashlib
 import inspect
 import json
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 from numba.core.dispatcher import Dispatcher
 
-from ..domain.geo import MISSING_PLACE, compiled, distance_m, speed_kmh
+from ..domain.geo import MISSING_PLACE, distance_m, speed_kmh
+from ..domain.machine import compiled, parts_of
 from ..domain.money import MISSING_AMOUNT
 from fraud_nb.features.tiles import (
     AMOUNT_30D,
@@ -319,7 +320,7 @@ FEATURES = tuple(feature for family in FAMILIES for feature in family.features)
 FEATURE_NAMES = tuple(feature.name for feature in FEATURES)
 
 # %% ../../nbs/13_catalogue.ipynb #aeea6905
-def _code(function: Callable[..., object]) -> ast.FunctionDef:
+def _code(function: Callable[..., object]) -> str:
     """The function's syntax tree without decorators, annotations and docstring."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     if not isinstance(tree, ast.FunctionDef):
@@ -329,26 +330,7 @@ def _code(function: Callable[..., object]) -> ast.FunctionDef:
         argument.annotation = None
     if ast.get_docstring(tree) is not None:
         tree.body = tree.body[1:]
-    return tree
-
-
-def _parts(
-    function: Callable[..., object],
-    seen: set[str],  # names already told
-) -> Iterator[str]:
-    """The function's code and, in order of use, that of everything it relies on."""
-    yield ast.dump(_code(function))
-    for name in function.__code__.co_names:
-        used = function.__globals__.get(name)
-        if used is None or name in seen:
-            continue
-        seen.add(name)
-        if isinstance(used, Dispatcher):
-            yield from _parts(used.py_func, seen)
-        elif isinstance(used, (int, float, tuple)):
-            yield f"{name}={used!r}"
-        elif isinstance(used, np.ndarray):
-            yield f"{name}={used.tolist()!r}"
+    return ast.dump(tree)
 
 
 @cache  # of the code that runs: the files it came from may be exported anew at any moment
@@ -357,7 +339,7 @@ def fingerprints() -> dict[str, str]:  # feature name -> 16 hexadecimal digits
     found = {}
     for family in FAMILIES:
         seen: set[str] = set()
-        code = "\n".join(part for used in (family.fill, *family.reads) for part in _parts(used.py_func, seen))
+        code = "\n".join(part for used in (family.fill, *family.reads) for part in parts_of(used.py_func, _code, seen))
         for position, feature in enumerate(family.features):
             definition = f"{feature.name}\n{position}\n{code}"
             found[feature.name] = hashlib.sha256(definition.encode()).hexdigest()[:16]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ..domain.geo import compiled
+from ..domain.machine import compiled
 from fraud_nb.features.catalogue import (
     DEVICE,
     EXTREMES,

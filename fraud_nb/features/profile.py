@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ..domain.geo import compiled
+from ..domain.machine import compiled
 from .windows import EVENT, HORIZON_MS, MAX_EVENTS, Events, events_until
 
 # %% ../../nbs/11_profile.ipynb #f10c06fc

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ..domain.geo import compiled
+from ..domain.machine import compiled
 from ..domain.schema import Label
 from .profile import CAPACITY, COUNT, START, Arena, Blocks, Free, grow
 from .windows import DAY_MS, HOUR_MS, events_until

@@ -14,7 +14,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from ..domain.geo import MISSING_PLACE, compiled
+from ..domain.geo import MISSING_PLACE
+from ..domain.machine import compiled
 from ..domain.money import MISSING_AMOUNT, Rates
 from ..domain.schema import Transaction
 

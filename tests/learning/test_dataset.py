@@ -20,6 +20,7 @@ from fraud_nb.learning.dataset import (
     TooLittleHistory,
     final_split,
     fold_history,
+    present_ms,
     split_by_time,
     targets,
     thin_negatives,
@@ -177,6 +178,15 @@ def test_too_little_history(
 def test_no_history_at_all() -> None:
     with pytest.raises(TooLittleHistory, match="empty"):
         final_split(np.zeros(0, np.int64), 100 * DAY, 20 * DAY, 5)
+    with pytest.raises(TooLittleHistory, match="empty"):
+        present_ms(np.zeros(0, np.int64))
+
+
+def test_a_stray_does_not_move_the_present(hours: Times) -> None:
+    """A purchase dated next year, and the training still finds its test days."""
+    strayed = np.append(hours, hours.max() + 365 * DAY)
+    assert hours.max() - 3 * 3_600_000 <= present_ms(strayed) <= hours.max()
+    assert len(split_by_time(strayed, present_ms(strayed), 20 * DAY, 10, 5).test) > 0
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ __all__ = ['FUTURE_MS', 'Partitioner', 'FASTEST_MS', 'GROWTH', 'BINS', 'STAGES',
            'hash_of', 'admit', 'prediction', 'letters_of', 'dead_letter', 'predictions', 'Latencies', 'Counts', 'count',
            'Advice', 'advice_of', 'sent_ns', 'clock_in', 'Stopwatch', 'Worker', 'next_offsets', 'Arrival',
            'split_repeats', 'recall', 'events_of_rows', 'roll_forward', 'judgements_of', 'decide', 'given_places',
-           'take_over', 'publish_again', 'decide_records', 'step', 'warm_up', 'run']
+           'take_over', 'publish_again', 'publish_new', 'decide_records', 'step', 'warm_up', 'run']
 
 # %% ../../nbs/51_stream.ipynb #db8812d0
 import gc
@@ -307,6 +307,7 @@ class Worker:
     # Memory, worth nothing after an error: the log knows better.
     generation: int | None = None  # of the group, when the claims below were made
     claims: dict[int, Claim] = field(default_factory=dict)
+    published: dict[int, int] = field(default_factory=dict)  # of each partition: up to which offset, when claimed
     profiles: Profiles = field(default_factory=Profiles)
     feature_set: str = ""
 
@@ -470,7 +471,8 @@ def take_over(worker: Worker) -> None:
         logged = worker.claims[partition].next_offset
         roll_forward(worker.log, worker.store, worker.profiles, partition, logged)
         failpoint("rolled-forward")
-        worker.source.seek(partition, min(worker.source.committed(partition), logged))
+        worker.published[partition] = worker.source.committed(partition)
+        worker.source.seek(partition, min(worker.published[partition], logged))
     if worker.sharing is not None and 0 in worker.claims:
         close_version(worker.sharing, worker.claims[0].epoch)
     worker.generation = generation
@@ -490,6 +492,24 @@ def publish_again(
         for offset, field_name, reason in worker.log.read_dead_letters(partition, first, stop):
             outgoing.append(dead_letter(mine[offset], field_name, reason))
     worker.sink.publish(outgoing, next_offsets(records), worker.source.generation())
+
+
+def publish_new(
+    worker: Worker,
+    rows: Sequence[Logged],  # decided just now
+    refused: Sequence[tuple[Record, InvalidTransaction]],
+    following: Mapping[int, int],  # where each partition goes on
+) -> None:
+    """Tell the topics what they do not know; where an older log was restored, they know more than it does."""
+    known = worker.published
+    outgoing = predictions([row for row in rows if row.offset >= known[row.partition]])
+    outgoing += [
+        dead_letter(record, error.field, error.reason)
+        for record, error in refused
+        if record.offset >= known[record.partition]
+    ]
+    reached = {partition: max(offset, known[partition]) for partition, offset in following.items()}
+    worker.sink.publish(outgoing, reached, worker.source.generation())
 
 # %% ../../nbs/51_stream.ipynb #30a3f63d
 def decide_records(
@@ -541,9 +561,7 @@ def decide_records(
     lap("save")
     failpoint("saved")
     rows = early | dict(zip(fresh, decided, strict=True))
-    letters = [dead_letter(record, error.field, error.reason) for record, error in refused]
-    outgoing = [*predictions([rows[index] for index in range(len(arrivals))]), *letters]
-    worker.sink.publish(outgoing, following, worker.source.generation())
+    publish_new(worker, [rows[index] for index in range(len(arrivals))], refused, following)
     lap("publish")
     failpoint("published")
     worker.claims.update({p: Claim(before[p].epoch, offset) for p, offset in following.items()})

@@ -136,3 +136,13 @@ def test_grafana_finds_board_and_source() -> None:
     assert source["uid"] == "prometheus" and source["url"] == "http://prometheus:9090"
     mounts = dict(volume.split(":")[:2] for volume in compose()["services"]["grafana"]["volumes"])
     assert mounts["./deploy/grafana/boards"] == provider["options"]["path"]
+
+
+def test_every_alert_has_a_section_of_the_runbook() -> None:
+    """In the order of the rules, and each says what it means, what to look at and what to do."""
+    text = (ROOT / "docs/runbook.md").read_text(encoding="utf-8")
+    sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+    alerts = [rule["alert"] for rule in RULES]
+    assert list(sections)[: len(alerts)] == alerts
+    for alert in alerts:
+        assert all(word in sections[alert].lower() for word in ("**means**", "**look at**", "**do**")), alert

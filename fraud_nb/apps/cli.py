@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FAILURES', 'WRONG_USAGE', 'JOBS', 'SWITCH_S', 'BENTOFILE', 'prepared', 'command_up', 'command_migrate',
            'command_down', 'command_check', 'progress_of', 'command_backfill', 'run_notebook', 'command_retrain',
-           'command_backtest', 'command_model', 'command_schedule', 'until_signal', 'send_all', 'tell_unsent',
-           'command_produce', 'command_simulate', 'command_stream', 'command_dashboard', 'stop_when', 'command_bento',
-           'command_verify', 'command_replay', 'command_demo', 'parser', 'main']
+           'command_backtest', 'command_evaluate', 'command_model', 'command_schedule', 'until_signal', 'send_all',
+           'tell_unsent', 'command_produce', 'command_simulate', 'command_stream', 'command_dashboard', 'stop_when',
+           'command_bento', 'command_verify', 'command_replay', 'command_demo', 'parser', 'main']
 
 # %% ../../nbs/79_cli.ipynb #fb2b30bc
 import argparse
@@ -189,6 +189,28 @@ def command_backtest(settings: Settings, arguments: argparse.Namespace) -> int:
     }  # fmt: skip
     folder = run_notebook(settings, "backtest", asked, arguments.parameter)
     sys.stdout.write((folder / "result.json").read_text() + "\n")
+    return 0
+
+# %% ../../nbs/79_cli.ipynb #1ead27b6
+def command_evaluate(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Test week by week on a file; the report goes to standard output."""
+    from fraud_nb.operations import evaluate as evaluation
+    from fraud_nb.operations.files import own_map
+
+    if arguments.test_to <= arguments.test_from:
+        raise InvalidParameter("--test-to: later than --test-from; between them lie the days that are tested")
+    file_map = read_map(arguments.map) if arguments.map else own_map(arguments.data)
+    file_map, delay_days = evaluation.delayed(file_map, arguments.delay_days)
+    dataset = evaluation.read_dataset(
+        arguments.data, file_map, arguments.test_to, Rates(settings.base_currency), settings.default_currency,
+        lambda rows: say_over(f"evaluate: {rows:,} purchases folded"),
+    )  # fmt: skip
+    plan = evaluation.planned(dataset, arguments.test_from, arguments.test_to, arguments.train_days, delay_days)
+    question = evaluation.Question(plan, arguments.features, evaluation.IMBALANCE[arguments.imbalance])
+    found = evaluation.evaluate(dataset, question, report=progress_of("evaluate: weeks"))
+    say_over("")
+    lines = [evaluation.evaluation_json(found).decode()] if arguments.json else evaluation.evaluation_lines(found)
+    sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
 # %% ../../nbs/79_cli.ipynb #ecf5e4f6
@@ -436,6 +458,23 @@ def _moment(text: str) -> int:
         raise argparse.ArgumentTypeError("an ISO date or datetime is needed, such as 2018-08-01") from None
 
 
+def _days(text: str) -> int | None:
+    if text == "all":
+        return None
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError("a number of days, such as 7, or all")
+
+
+def _delay(text: str) -> float:
+    try:
+        if 0 <= (days := float(text)) <= 3650:
+            return days
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError("a number of days from 0 to 3650, such as 7")
+
+
 def _pace(text: str) -> float:
     try:
         if 0 < (pace := float(text)) < math.inf:
@@ -444,7 +483,7 @@ def _pace(text: str) -> float:
         pass
     raise argparse.ArgumentTypeError("a number above 0 is needed; leave it out to go at full speed")
 
-
+# %% ../../nbs/79_cli.ipynb #ff4a32dd
 def _common(command: argparse.ArgumentParser, *names: str) -> None:
     """Arguments that several commands share."""
     known: dict[str, dict[str, object]] = {
@@ -491,6 +530,7 @@ def parser() -> argparse.ArgumentParser:
         ("backfill", command_backfill, "load history before going live"),
         ("retrain", command_retrain, "train, test and release a model"),
         ("schedule", command_schedule, "run jobs when they are due"),
+        ("evaluate", command_evaluate, "measure features and recipe on a file, week by week"),
         ("backtest", command_backtest, "measure live decisions by the labels that have come since"),
         ("model", command_model, "list models, or decide which is live"),
         ("produce", command_produce, "put a file's transactions and labels on the bus"),
@@ -537,6 +577,23 @@ def _schedule_arguments(command: argparse.ArgumentParser) -> None:
     _common(command, "--metrics-port")
 
 
+def _evaluate_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--data", type=Path, required=True, metavar="FILE", help="CSV, CSV.gz or Parquet")
+    _common(command, "--map")
+    command.add_argument("--protocol", choices=("prequential",), default="prequential", help="a new model every week")
+    command.add_argument("--train-days", type=_days, metavar="N", default=7, help="or all (default: 7)")
+    command.add_argument(
+        "--delay-days", type=_delay, metavar="N", help="from purchase to label (default: the map's, or 7)"
+    )
+    command.add_argument("--test-from", type=_moment, required=True, metavar="DATE", help="first test week (UTC)")
+    command.add_argument("--test-to", type=_moment, required=True, metavar="DATE", help="first day not tested (UTC)")
+    command.add_argument("--features", choices=("base", "full"), default="full", help="the handbook's, or all of ours")
+    command.add_argument(
+        "--imbalance", choices=("none", "weight", "smote", "smote-enn"), default="none", help="what is done about it"
+    )
+    command.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+
+# %% ../../nbs/79_cli.ipynb #124f6d80
 def _backtest_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--from", dest="since", default="", metavar="DATE", help="first decisions looked at (UTC)")
     command.add_argument("--to", dest="until", default="", metavar="DATE", help="first no longer looked at (UTC)")
@@ -586,6 +643,7 @@ _ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "backfill": _backfill_arguments,
     "retrain": _retrain_arguments,
     "schedule": _schedule_arguments,
+    "evaluate": _evaluate_arguments,
     "backtest": _backtest_arguments,
     "model": _model_arguments,
     "produce": _produce_arguments,

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Vector', 'PURCHASE', 'WINDOWS', 'WINDOW_MS', 'WINDOW_COUNT', 'VELOCITY', 'EXTREME_WINDOWS', 'VARIETY_WINDOWS',
            'EXTREMES', 'VARIETY', 'MOVEMENT', 'MIN_HABIT', 'OUTLIER_RATIO', 'HABIT', 'NOVELTY', 'Told', 'MERCHANT',
-           'DEVICE', 'FAMILIES', 'FEATURES', 'FEATURE_NAMES', 'Feature', 'Family', 'fill_purchase', 'fill_velocity',
-           'fill_extremes', 'fill_variety', 'fill_movement', 'fill_habit', 'fill_novelty', 'fill_merchant',
-           'fill_device', 'fingerprints', 'feature_set']
+           'DEVICE', 'FAMILIES', 'FEATURES', 'FEATURE_NAMES', 'BASE_NAMES', 'Feature', 'Family', 'fill_purchase',
+           'fill_velocity', 'fill_extremes', 'fill_variety', 'fill_movement', 'fill_habit', 'fill_novelty',
+           'fill_merchant', 'fill_device', 'fingerprints', 'feature_set']
 
 # %% ../../nbs/13_catalogue.ipynb #4060380b
 import ast
@@ -318,6 +318,13 @@ DEVICE = Family(
 FAMILIES = (PURCHASE, VELOCITY, EXTREMES, VARIETY, MOVEMENT, HABIT, NOVELTY, MERCHANT, DEVICE)
 FEATURES = tuple(feature for family in FAMILIES for feature in family.features)
 FEATURE_NAMES = tuple(feature.name for feature in FEATURES)
+
+# %% ../../nbs/13_catalogue.ipynb #37a7db4e
+BASE_NAMES = (
+    *("amount", "is_night", "weekday"),
+    *(f"customer_{kind}_{label}" for kind in ("count", "sum") for label in ("24h", "7d", "30d")),
+    *("merchant_count_24h", "merchant_count_30d", "merchant_frauds_14d", "merchant_frauds_30d", "merchant_fraud_share"),
+)
 
 # %% ../../nbs/13_catalogue.ipynb #aeea6905
 def _code(function: Callable[..., object]) -> str:

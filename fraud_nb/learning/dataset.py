@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'BASE_CURRENCY_ONLY', 'Labelled', 'STRAYS', 'History', 'fold_history', 'present_ms', 'TooLittleHistory',
-           'Split', 'final_split', 'split_by_time', 'targets', 'thin_negatives']
+           'Split', 'rows_between', 'final_split', 'split_by_time', 'targets', 'thin_negatives']
 
 # %% ../../nbs/32_dataset.ipynb #d82d4a46
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -111,7 +111,7 @@ class Split:
     tested_at_ms: int  # labels of test are read as of this
 
 # %% ../../nbs/32_dataset.ipynb #6ac001e9
-def _between(
+def rows_between(
     event_times: npt.NDArray[np.int64],  # ms UTC, shape (n,)
     start_ms: int,
     end_ms: int,
@@ -142,8 +142,8 @@ def final_split(
             f"train: the history begins {(train_start - calibration_start) / DAY_MS:.1f} days too late; "
             "load older purchases, or shorten the test, calibration, warm-up or horizon"
         )
-    train = _between(event_times, train_start, calibration_start)
-    calibration = _between(event_times, calibration_start, mature)
+    train = rows_between(event_times, train_start, calibration_start)
+    calibration = rows_between(event_times, calibration_start, mature)
     for name, part in (("train", train), ("calibration", calibration)):
         if len(part) == 0:
             raise TooLittleHistory(f"{name}: no purchase in its days; is the history complete up to as_of_ms?")
@@ -176,7 +176,7 @@ def split_by_time(
     test_end = mature_before(as_of_ms, horizon_ms)
     test_start = test_end - test_days * DAY_MS
     learned = final_split(event_times, test_start, horizon_ms, calibration_days, train_days, warmup_days)
-    test = _between(event_times, test_start, test_end)
+    test = rows_between(event_times, test_start, test_end)
     if len(test) == 0:
         raise TooLittleHistory("test: no purchase in its days; is as_of_ms the newest event time of the history?")
     return replace(learned, test=test, test_end_ms=test_end, tested_at_ms=as_of_ms)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Scores', 'Truth', 'Reals', 'BINS', 'FPRS', 'BUDGETS', 'walk', 'found_and_disturbed', 'average_precision', 'auc',
-           'recall_at_fpr', 'at_alert_budget', 'value_caught', 'card_precision', 'brier', 'ece', 'mean_over_base',
-           'saved_minor', 'ranking', 'measure', 'bootstrap']
+           'recall_at_fpr', 'at_alert_budget', 'value_caught', 'recall_by_kind', 'cards_found', 'card_precision',
+           'brier', 'ece', 'mean_over_base', 'saved_minor', 'ranking', 'row_measures', 'measure', 'day_draws', 'middle',
+           'bootstrap']
 
 # %% ../../nbs/34_metrics.ipynb #cbe908cf
 from collections.abc import Callable, Mapping, Sequence
@@ -36,13 +37,17 @@ def walk(
     return [np.concatenate([[0.0], np.cumsum(column[order])[ends]]) for column in worth]
 
 
+def _weight(rows: Scores, weights: Reals | None) -> Reals:
+    return np.ones(len(rows)) if weights is None else weights
+
+
 def found_and_disturbed(
     scores: Scores,
     is_fraud: Truth,
     weights: Reals | None = None,  # shape (n,); None: 1 each
 ) -> tuple[Reals, Reals]:  # frauds, and genuine rows, at or above each distinct score
     """The walk in two counts."""
-    weight = np.ones(len(scores)) if weights is None else weights
+    weight = _weight(scores, weights)
     found, disturbed = walk(scores, weight * is_fraud, weight * ~is_fraud)
     return found, disturbed
 
@@ -106,13 +111,56 @@ def value_caught(
     is_fraud: Truth,
     amounts_minor: npt.NDArray[np.int64],  # minor units of the base currency; negative is missing and counts 0
     share: float,  # of all rows that become alerts, above 0
+    weights: Reals | None = None,  # shape (n,); None: 1 each
 ) -> float:  # 0 to 1; NaN if no fraud has an amount
     """Share of the stolen money that a fixed number of alerts finds."""
-    stolen = np.where(is_fraud, np.maximum(amounts_minor, 0), 0)
-    listed, value = walk(scores, np.ones(len(scores)), stolen)
-    return _share(float(np.interp(share * len(scores), listed, value)), value[-1])
+    weight = _weight(scores, weights)
+    listed, value = walk(scores, weight, weight * np.where(is_fraud, np.maximum(amounts_minor, 0), 0))
+    return _share(float(np.interp(share * listed[-1], listed, value)), value[-1])
+
+
+def recall_by_kind(
+    scores: Scores,
+    is_fraud: Truth,
+    kinds: Sequence[str],  # shape (n,): what kind of fraud each row is; read for frauds only
+    rate: float,  # highest share of the genuine rows that may be disturbed
+    weights: Reals | None = None,  # shape (n,); None: 1 each
+) -> dict[str, float]:  # kind -> 0 to 1; NaN without genuine rows
+    """Which kinds are found and which are missed, where `recall_at_fpr` stops."""
+    found, disturbed = found_and_disturbed(scores, is_fraud, weights)
+    shares = disturbed / disturbed[-1] if disturbed[-1] > 0 else disturbed
+    allowed = np.searchsorted(shares, rate, side="right") - 1  # of the distinct scores
+    limit = np.append(np.inf, np.unique(scores)[::-1])[allowed]
+    frauds = np.flatnonzero(is_fraud)
+    weight, names = _weight(scores, weights)[frauds], np.array([kinds[row] for row in frauds.tolist()], np.str_)
+    caught = weight * (scores[frauds] >= limit)
+    return {
+        kind: _share(caught[names == kind].sum(), weight[names == kind].sum() if disturbed[-1] > 0 else 0)
+        for kind in np.unique(names).tolist()
+    }
 
 # %% ../../nbs/34_metrics.ipynb #335339a1
+def cards_found(
+    scores: Scores,  # on equal scores, who paid first is looked at first
+    is_fraud: Truth,
+    customers: Sequence[str],  # shape (n,)
+    days: npt.NDArray[np.int64],  # event_time // DAY_MS, shape (n,)
+    top: int = 100,  # customers looked at each day
+) -> Reals:  # one for each day that has rows, in order
+    """Share of the `top` most suspicious customers of a day who were robbed that day, and had not been found before."""
+    rows = pd.DataFrame({"day": days, "customer": list(customers), "score": scores, "robbed": is_fraud})
+    cards = rows.groupby(["day", "customer"], sort=False).max().reset_index()
+    cards = cards.sort_values(["day", "score"], ascending=[True, False], kind="stable")
+    found: set[str] = set()
+    shares = []
+    for _, day in cards.groupby("day"):
+        listed = day[~day["customer"].isin(found)].head(top)
+        robbed = listed.loc[listed["robbed"], "customer"]
+        found.update(robbed)
+        shares.append(len(robbed) / top)
+    return np.array(shares, np.float64)
+
+
 def card_precision(
     scores: Scores,
     is_fraud: Truth,
@@ -120,18 +168,11 @@ def card_precision(
     days: npt.NDArray[np.int64],  # event_time // DAY_MS, shape (n,)
     top: int = 100,  # customers looked at each day
 ) -> tuple[float, float]:  # the value, and that of a perfect model; NaN without rows
-    """Mean over days of the share of the `top` most suspicious customers who were robbed that day."""
-    rows = pd.DataFrame({"day": days, "customer": list(customers), "score": scores, "robbed": is_fraud})
-    cards = rows.groupby(["day", "customer"], sort=False).max().reset_index()
-    precisions, ceilings = [], []
-    for _, day in cards.groupby("day"):
-        robbed = day["robbed"].to_numpy()
-        listed, found = walk(day["score"].to_numpy(), np.ones(len(day)), robbed)
-        precisions.append(np.interp(top, listed, found) / top)
-        ceilings.append(min(robbed.sum(), top) / top)
-    if not precisions:
+    """Mean over days of the share of the `top` most suspicious customers who turn out to be newly robbed."""
+    if len(scores) == 0:
         return float("nan"), float("nan")
-    return float(np.mean(precisions)), float(np.mean(ceilings))
+    value = cards_found(scores, is_fraud, customers, days, top).mean()
+    return float(value), float(cards_found(is_fraud.astype(np.float64), is_fraud, customers, days, top).mean())
 
 # %% ../../nbs/34_metrics.ipynb #9443e737
 BINS = 15  # as in Guo et al. 2017, but of equal size: bins of equal width would hold nearly all rows in the first
@@ -140,29 +181,35 @@ BINS = 15  # as in Guo et al. 2017, but of equal size: bins of equal width would
 def brier(
     probabilities: Scores,
     is_fraud: Truth,
+    weights: Reals | None = None,  # shape (n,); None: 1 each
 ) -> float:  # 0 to 1, lower is better; NaN without rows
     """Mean squared distance between probability and outcome."""
-    return _share(float(np.square(probabilities - is_fraud).sum()), len(is_fraud))
+    weight = _weight(probabilities, weights)
+    return _share(float((weight * np.square(probabilities - is_fraud)).sum()), float(weight.sum()))
 
 
 def ece(
     probabilities: Scores,
     is_fraud: Truth,
+    weights: Reals | None = None,  # shape (n,); None: 1 each; the bins are those of the rows themselves
 ) -> float:  # 0 to 1, lower is better; NaN without rows
     """Mean distance between probability and fraud rate, over bins of equal size."""
     if len(probabilities) == 0:
         return float("nan")
+    weight = _weight(probabilities, weights)
     edges = np.quantile(probabilities, np.arange(1, BINS) / BINS)
     bins = np.searchsorted(edges, probabilities, side="right")  # equal probabilities share a bin
-    return float(np.abs(np.bincount(bins, probabilities - is_fraud)).sum() / len(probabilities))
+    return _share(float(np.abs(np.bincount(bins, weight * (probabilities - is_fraud))).sum()), float(weight.sum()))
 
 
 def mean_over_base(
     probabilities: Scores,
     is_fraud: Truth,
+    weights: Reals | None = None,  # shape (n,); None: 1 each
 ) -> float:  # 1 is right; NaN without frauds
     """Mean probability over fraud rate."""
-    return _share(float(probabilities.sum()), float(is_fraud.sum()))
+    weight = _weight(probabilities, weights)
+    return _share(float((weight * probabilities).sum()), float((weight * is_fraud).sum()))
 
 # %% ../../nbs/34_metrics.ipynb #fb677956
 def _chosen(
@@ -180,12 +227,14 @@ def saved_minor(
     amounts_minor: npt.NDArray[np.int64],  # minor units of the base currency; negative: the policy's stand-in
     is_fraud: Truth,
     policy: Policy,
+    weights: Reals | None = None,  # shape (n,); None: 1 each
 ) -> float:  # minor units of the base currency; negative if approving everything had been cheaper
     """What the policy saved on these rows, against approving everything."""
     paid = msgspec.structs.replace(policy, alert_price_minor=0)
     costs = expected_costs(is_fraud.astype(np.float64), amounts_minor, paid)
     approved = costs[:, OUTCOMES.index(Outcome.APPROVE)]
-    return float((approved - costs[np.arange(len(costs)), _chosen(probabilities, amounts_minor, policy)]).sum())
+    saved = approved - costs[np.arange(len(costs)), _chosen(probabilities, amounts_minor, policy)]
+    return float((_weight(probabilities, weights) * saved).sum())
 
 # %% ../../nbs/34_metrics.ipynb #fe0b95d0
 FPRS = {"0_1pct": 0.001, "1pct": 0.01, "5pct": 0.05}
@@ -211,6 +260,32 @@ def ranking(
         found[f"fpr_at_alerts_{name}"] = fpr
     return found
 
+# %% ../../nbs/34_metrics.ipynb #db3fb479
+def row_measures(
+    probabilities: Scores,  # calibrated
+    is_fraud: Truth,  # as known when the test was made
+    amounts_minor: npt.NDArray[np.int64],  # minor units of the base currency; negative is missing
+    policy: Policy,
+    weights: Reals | None = None,  # shape (n,); None: 1 each
+) -> dict[str, float]:
+    """Everything that is counted in purchases; NaN where undefined."""
+    weight = _weight(probabilities, weights)
+    alerted = _chosen(probabilities, amounts_minor, policy) != OUTCOMES.index(Outcome.APPROVE)
+    rows, frauds = float(weight.sum()), float((weight * is_fraud).sum())
+    saved = saved_minor(probabilities, amounts_minor, is_fraud, policy, weights)
+    return ranking(probabilities, is_fraud, weights) | {
+        "value_caught_at_alerts_0_5pct": value_caught(probabilities, is_fraud, amounts_minor, 0.005, weights),
+        "brier": brier(probabilities, is_fraud, weights),
+        "ece": ece(probabilities, is_fraud, weights),
+        "mean_over_base": mean_over_base(probabilities, is_fraud, weights),
+        "alert_rate": _share((weight * alerted).sum(), rows),
+        "policy_recall": _share((weight * (alerted & is_fraud)).sum(), frauds),
+        "policy_fpr": _share((weight * (alerted & ~is_fraud)).sum(), rows - frauds),
+        "saved_minor_per_1000": _share(1000 * saved, rows),
+        "transactions": rows,
+        "frauds": frauds,
+    }
+
 
 def measure(
     probabilities: Scores,  # calibrated
@@ -222,24 +297,31 @@ def measure(
 ) -> dict[str, float]:
     """Everything we say about a model; NaN where undefined."""
     value, ceiling = card_precision(probabilities, is_fraud, customers, days)
-    alerted = _chosen(probabilities, amounts_minor, policy) != OUTCOMES.index(Outcome.APPROVE)
-    rows, frauds = len(is_fraud), int(is_fraud.sum())
-    return ranking(probabilities, is_fraud) | {
-        "card_precision_100": value,
-        "card_precision_100_max": ceiling,
-        "value_caught_at_alerts_0_5pct": value_caught(probabilities, is_fraud, amounts_minor, 0.005),
-        "brier": brier(probabilities, is_fraud),
-        "ece": ece(probabilities, is_fraud),
-        "mean_over_base": mean_over_base(probabilities, is_fraud),
-        "alert_rate": _share(alerted.sum(), rows),
-        "policy_recall": _share((alerted & is_fraud).sum(), frauds),
-        "policy_fpr": _share((alerted & ~is_fraud).sum(), rows - frauds),
-        "saved_minor_per_1000": _share(1000 * saved_minor(probabilities, amounts_minor, is_fraud, policy), rows),
-        "transactions": float(rows),
-        "frauds": float(frauds),
-    }
+    cards = {"card_precision_100": value, "card_precision_100_max": ceiling}
+    return row_measures(probabilities, is_fraud, amounts_minor, policy) | cards
 
 # %% ../../nbs/34_metrics.ipynb #ac06cfce
+def day_draws(
+    days: int,
+    seed: int,
+    rounds: int = 200,
+) -> npt.NDArray[np.int64]:  # shape (rounds, days): how often each day was drawn
+    """Days drawn with replacement; the same seed draws the same days, for whatever model."""
+    return np.random.default_rng(seed).multinomial(days, np.full(days, 1 / days), rounds)
+
+
+def middle(
+    drawn: Sequence[Mapping[str, float]],  # the statistics of each round
+) -> dict[str, tuple[float, float]]:  # name -> the middle 95 %; NaN where undefined in every round
+    """The interval of each statistic."""
+    intervals = {}
+    for name in drawn[0]:
+        defined = [each[name] for each in drawn if not np.isnan(each[name])]
+        low, high = np.quantile(defined, (0.025, 0.975)) if defined else (np.nan, np.nan)
+        intervals[name] = (float(low), float(high))
+    return intervals
+
+
 def bootstrap(
     scores: Scores,
     is_fraud: Truth,
@@ -251,12 +333,6 @@ def bootstrap(
     """Intervals of the statistics, by drawing whole days."""
     order = np.argsort(-scores, kind="stable")
     names, day_of = np.unique(days[order], return_inverse=True)
-    sorted_scores, sorted_truth = scores[order], is_fraud[order]
-    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), rounds)
-    results = [statistics(sorted_scores, sorted_truth, drawn[day_of].astype(np.float64)) for drawn in draws]
-    intervals = {}
-    for name in results[0]:
-        defined = [result[name] for result in results if not np.isnan(result[name])]
-        low, high = np.quantile(defined, (0.025, 0.975)) if defined else (np.nan, np.nan)
-        intervals[name] = (float(low), float(high))
-    return intervals
+    ranked, truth = scores[order], is_fraud[order]
+    draws = day_draws(len(names), seed, rounds)
+    return middle([statistics(ranked, truth, drawn[day_of].astype(np.float64)) for drawn in draws])

@@ -109,14 +109,15 @@ class Fitted:
 def columns_of(
     names: Sequence[str],  # of the catalogue
     vectors: Vector,  # shape (n, all features of the catalogue)
+    known: Sequence[str] = FEATURE_NAMES,  # what the vectors' columns are; more than the catalogue's: candidates
 ) -> Vector:  # shape (n, names)
     """The named columns; raises ValueError for a name or a shape that is not the catalogue's."""
-    unknown = set(names) - set(FEATURE_NAMES)
+    unknown = set(names) - set(known)
     if unknown:
         raise ValueError(f"names: {min(unknown)} is not in the catalogue")
-    if vectors.ndim != 2 or vectors.shape[1] != len(FEATURE_NAMES):
-        raise ValueError(f"vectors: shape (n, {len(FEATURE_NAMES)}) expected")
-    return np.ascontiguousarray(vectors[:, [FEATURE_NAMES.index(name) for name in names]], np.float32)
+    if vectors.ndim != 2 or vectors.shape[1] != len(known):
+        raise ValueError(f"vectors: shape (n, {len(known)}) expected")
+    return np.ascontiguousarray(vectors[:, [known.index(name) for name in names]], np.float32)
 
 
 def fit(
@@ -127,9 +128,10 @@ def fit(
     train_weights: npt.NDArray[np.float32] | None,  # shape (n,); None: all the same
     calibration_vectors: Vector,  # later rows, none thinned; shape (m, all features)
     calibration_is_fraud: Bools,  # shape (m,)
+    known: Sequence[str] = FEATURE_NAMES,  # as in `columns_of`
 ) -> Fitted:
     """The model; raises TooFewFrauds or CalibrationError."""
-    columns = columns_of(names, train_vectors)
+    columns = columns_of(names, train_vectors, known)
     sample = resample(
         recipe.arm,
         columns,
@@ -149,7 +151,7 @@ def fit(
         nthread=recipe.threads,
     )
     booster = xgb.train(parameters_of(recipe), rows, recipe.rounds)
-    margins = margins_of(booster, imputed(columns_of(names, calibration_vectors), names, sample.imputation))
+    margins = margins_of(booster, imputed(columns_of(names, calibration_vectors, known), names, sample.imputation))
     knots = calibrate(margins, calibration_is_fraud)
     return Fitted(tuple(names), booster, knots, sample.imputation, recipe, sample.note)
 
@@ -157,9 +159,10 @@ def fit(
 def score(
     fitted: Fitted,
     vectors: Vector,  # shape (n, all features of the catalogue)
+    known: Sequence[str] = FEATURE_NAMES,  # as in `columns_of`
 ) -> tuple[Vector, Floats]:  # margins (log-odds) and calibrated probabilities, shape (n,) each
     """The scores these rows will get in the stream."""
-    columns = imputed(columns_of(fitted.names, vectors), fitted.names, fitted.imputation)
+    columns = imputed(columns_of(fitted.names, vectors, known), fitted.names, fitted.imputation)
     margins = margins_of(fitted.booster, columns)
     return margins, calibrated(margins, fitted.knots)
 

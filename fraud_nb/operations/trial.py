@@ -34,7 +34,7 @@ from ..features.profile import Profiles
 from ..features.shared import SharedHistory
 from ..features.tiles import Readings
 from ..features.windows import DAY_MS, Events, events_of
-from ..learning.dataset import History, Labelled, Split, fold_history, split_by_time, targets
+from ..learning.dataset import History, Labelled, Split, fold_history, split_by_time, targets, thin_negatives
 from ..learning.metrics import average_precision, saved_minor
 from ..learning.train import Recipe, alert_policy, fit, score
 from .backfill import known_by, logged_past, purchases_of, simulated_past
@@ -116,7 +116,8 @@ def check_columns(
     try:
         once, again, over_sevens = (sample.fold(folding, before) for before in (0, 0, 7))
     except NumbaError as error:
-        raise InvalidCandidate(f"fill: does not compile; {str(error).strip().splitlines()[-1]}") from error
+        told = next(line for line in str(error).splitlines() if not line.startswith("Failed in"))
+        raise InvalidCandidate(f"fill: does not compile; {told}") from error
     except IndexError as error:
         raise InvalidCandidate(
             "fill: beyond the end of an array; `past` may be empty, `out` is as long as `features`"
@@ -148,6 +149,7 @@ class Plan:
     test_days: int = 21
     calibration_days: int = 14
     warmup_days: int = 14  # folded, not learned from
+    keep_negatives: float = 0.2  # share of the genuine rows to learn from; the others are stood for by weight
     alert_share: float = 0.01  # of all purchases that may be challenged or reviewed
     recipe: Recipe = Recipe(rounds=120, learning_rate=0.1)
     seeds: tuple[int, ...] = (1, 2, 3)  # two or more
@@ -184,9 +186,9 @@ def answers(
 ) -> Answers:
     """Train as of the split's moment, and ask about its test days."""
     vectors, at, amounts = history.vectors, split.trained_at_ms, history.events["amount"]
+    rows, weights = thin_negatives(split.train, targets(history, split.train, at), plan.keep_negatives, seed)
     fitted = fit(
-        replace(plan.recipe, seed=seed), names,
-        vectors[split.train], targets(history, split.train, at), None,
+        replace(plan.recipe, seed=seed), names, vectors[rows], targets(history, rows, at), weights,
         vectors[split.calibration], targets(history, split.calibration, at), known,
     )  # fmt: skip
     _, on_calibration = score(fitted, vectors[split.calibration], known)

@@ -16,8 +16,7 @@ import numpy.typing as npt
 
 from ..domain.money import Rates
 from ..domain.schema import Label, Transaction
-from ..features.catalogue import FEATURES
-from ..features.fold import fold
+from ..features.fold import TODAY, Folding, fold
 from ..features.profile import Profiles
 from ..features.shared import SharedHistory
 from ..features.windows import DAY_MS, EVENT, Events, events_of
@@ -31,7 +30,7 @@ class History:
     transaction_ids: list[str]  # n
     customers: list[str]  # n
     events: Events  # shape (n,), dtype EVENT
-    vectors: npt.NDArray[np.float32]  # shape (n, features), columns as in FEATURES
+    vectors: npt.NDArray[np.float32]  # shape (n, features), columns as in the folding
     labels: list[Label]  # of these purchases, by the time they became known
 
 # %% ../../nbs/32_dataset.ipynb #3f0efccc
@@ -57,19 +56,21 @@ def fold_history(
     purchases: Iterable[Labelled],  # in the order of acceptance
     rates: Rates = BASE_CURRENCY_ONLY,  # for amounts in other currencies
     report: Callable[[int], None] | None = None,  # told the number of rows done, after each chunk
+    folding: Folding = TODAY,
 ) -> History:
     """Fold a history as the stream would have; of transactions with one id the first is taken."""
     profiles, shared, source = Profiles(), SharedHistory(), _accepted(purchases)
     ids: list[str] = []
     customers: list[str] = []
     events = [np.zeros(0, EVENT)]
-    vectors = [np.zeros((0, len(FEATURES)), np.float32)]
+    vectors = [np.zeros((0, len(folding.names)), np.float32)]
     known: list[Label] = []
     while chunk := list(islice(source, CHUNK)):
         transactions, labels = [transaction for transaction, _ in chunk], [labels for _, labels in chunk]
         buyers = [transaction.customer_id for transaction in transactions]
         events.append(events_of(transactions, rates))
-        vectors.append(fold(profiles, buyers, events[-1], shared.read(transactions, events[-1], labels)))
+        told = shared.read(transactions, events[-1], labels)
+        vectors.append(fold(profiles, buyers, events[-1], told, folding=folding))
         ids += [transaction.transaction_id for transaction in transactions]
         customers += buyers
         known += [label for mine in labels for label in mine]

@@ -122,14 +122,15 @@ class Fitted:
 def columns_of(
     names: Sequence[str],  # of the catalogue
     vectors: Vector,  # shape (n, all features of the catalogue)
+    known: Sequence[str] = FEATURE_NAMES,  # what the vectors' columns are; more than the catalogue's: candidates
 ) -> Vector:  # shape (n, names)
     """The named columns; raises ValueError for a name or a shape that is not the catalogue's."""
-    unknown = set(names) - set(FEATURE_NAMES)
+    unknown = set(names) - set(known)
     if unknown:
         raise ValueError(f"names: {min(unknown)} is not in the catalogue")
-    if vectors.ndim != 2 or vectors.shape[1] != len(FEATURE_NAMES):
-        raise ValueError(f"vectors: shape (n, {len(FEATURE_NAMES)}) expected")
-    return np.ascontiguousarray(vectors[:, [FEATURE_NAMES.index(name) for name in names]], np.float32)
+    if vectors.ndim != 2 or vectors.shape[1] != len(known):
+        raise ValueError(f"vectors: shape (n, {len(known)}) expected")
+    return np.ascontiguousarray(vectors[:, [known.index(name) for name in names]], np.float32)
 
 
 def grow(
@@ -138,11 +139,12 @@ def grow(
     vectors: Vector,  # shape (n, all features of the catalogue)
     is_fraud: Bools,  # as known when training, shape (n,)
     weights: npt.NDArray[np.float32] | None,  # shape (n,); None: all the same
+    known: Sequence[str] = FEATURE_NAMES,  # as in `columns_of`
 ) -> Fitted:
     """The model before calibration, which claims what its trees say; raises TooFewFrauds."""
     sample = resample(
         recipe.arm,
-        columns_of(names, vectors),
+        columns_of(names, vectors, known),
         is_fraud,
         weights,
         names,
@@ -165,9 +167,10 @@ def grow(
 def score(
     fitted: Fitted,
     vectors: Vector,  # shape (n, all features of the catalogue)
+    known: Sequence[str] = FEATURE_NAMES,  # as in `columns_of`
 ) -> tuple[Vector, Floats]:  # margins (log-odds) and calibrated probabilities, shape (n,) each
     """The scores these rows will get in the stream."""
-    columns = imputed(columns_of(fitted.names, vectors), fitted.names, fitted.imputation)
+    columns = imputed(columns_of(fitted.names, vectors, known), fitted.names, fitted.imputation)
     margins = margins_of(fitted.booster, columns)
     return margins, calibrated(margins, fitted.knots)
 
@@ -180,10 +183,11 @@ def fit(
     train_weights: npt.NDArray[np.float32] | None,  # shape (n,); None: all the same
     calibration_vectors: Vector,  # later rows, none thinned; shape (m, all features)
     calibration_is_fraud: Bools,  # shape (m,)
+    known: Sequence[str] = FEATURE_NAMES,  # as in `columns_of`
 ) -> Fitted:
     """The model; raises TooFewFrauds or CalibrationError."""
-    grown = grow(recipe, names, train_vectors, train_is_fraud, train_weights)
-    margins, _ = score(grown, calibration_vectors)
+    grown = grow(recipe, names, train_vectors, train_is_fraud, train_weights, known)
+    margins, _ = score(grown, calibration_vectors, known)
     return replace(grown, knots=calibrate(margins, calibration_is_fraud))
 
 # %% ../../nbs/35_train.ipynb #11913d70

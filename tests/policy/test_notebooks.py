@@ -18,6 +18,7 @@ MAX_EXPORT_LINES = 60
 Cell = Mapping[str, Any]
 
 NOTEBOOKS = sorted(path for path in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+GUIDES = [path for path in NOTEBOOKS if NBS / "guides" in path.parents]
 JOBS = [path for path in NOTEBOOKS if path.parent == NBS / "jobs"]
 NUMBERED = [path for path in NOTEBOOKS if re.match(r"\d\d_", path.name)]
 
@@ -180,6 +181,13 @@ def test_jobs_define_nothing() -> None:
         for node in ast.walk(python_of(source)):
             defines = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
             assert not defines, f"{where}: a job defines nothing; move this into a numbered notebook and import it"
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=name_of)
+def test_guides_never_export(path: Path) -> None:
+    for where, _, source in cells(path, "code"):
+        found = {"default_exp", "export"} & set(directives(source))
+        assert not found, f"{where}: a guide exports nothing; move this into a numbered notebook"
 
 
 @pytest.mark.parametrize(

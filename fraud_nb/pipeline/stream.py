@@ -136,8 +136,9 @@ def dead_letter(
     reason: str,
     source: str | None = None,  # where it stands; None: partition and offset, as for transactions
 ) -> Outgoing:
-    """The refused record: its bytes as they came, and why in the headers."""
+    """The refused record: its bytes and headers as they came, and why in more headers behind them."""
     headers = (
+        *record.headers,
         ("source", (source or f"{record.partition}:{record.offset}").encode()),
         ("field", field_name.encode()),
         ("reason", reason.encode()),

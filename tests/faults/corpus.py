@@ -1,8 +1,9 @@
 """Bad input in 64 classes: the bytes, and what each way in says to them. Good neighbours of the bad are here too."""
 
 import gzip
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fraud_nb.adapters.kafka_bus import murmur2_partitions
 from fraud_nb.features.windows import DAY_MS, MINUTE_MS
@@ -43,6 +44,27 @@ class Class:
     group: str
     name: str
     examples: list[Example]
+
+
+def check_over_http(
+    each: Class,
+    predict: Callable[[bytes | None], Any],  # asks the service; what it tells has a status and JSON
+) -> None:
+    """All examples of a class are answered as they must be, in order."""
+    decided: dict[str, Any] = {}
+    for example in each.examples:
+        told = predict(example.body)
+        if isinstance(example.http, Refusal):
+            name, reason, status = example.http
+            assert (told.status, told.json["field"], told.json["error"]) == (status, name, reason), each
+            assert told.json["detail"] and CANARY.encode() not in told.body
+        elif example.http == CONFLICT:
+            assert (told.status, told.json["error"], told.json["field"]) == (409, "conflict", "transaction_id"), each
+        else:
+            answer = told.json | {"latency_ms": 0}
+            assert (told.status, answer["transaction_id"], answer["recorded"]) == (200, example.ident, True), each
+            assert example.http == (REPEAT if example.ident in decided else DECIDED)
+            assert decided.setdefault(example.ident, answer) == answer
 
 
 def purchase(ident: str, now_ms: int, **changed: str | None) -> bytes:

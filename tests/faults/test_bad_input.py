@@ -26,7 +26,6 @@ from tests.conftest import Running
 from tests.e2e.stream_kit import MAIN, fraud, small_model
 from tests.faults.corpus import (
     CANARY,
-    CONFLICT,
     DECIDED,
     PARTITIONS,
     REPEAT,
@@ -35,11 +34,12 @@ from tests.faults.corpus import (
     Corpus,
     Example,
     Refusal,
+    check_over_http,
     home_of,
     purchase,
 )
 from tests.service.bento_kit import free_port
-from tests.service.service_kit import House, ask, house, wait_until
+from tests.service.service_kit import House, ask, house, patiently, wait_until
 
 CARDS = (CANARY, "4111111111111111")  # over the stream, over HTTP
 
@@ -194,34 +194,10 @@ def test_the_stream_answers_every_class(shop: Shop) -> None:
     shop.check_letters()
 
 
-def asked(shop: Shop, body: bytes | None) -> Any:
-    """The answer: never a 5xx, never a value. Where a busy machine is too slow it is asked again, as it says."""
-    for _ in range(20):
-        told = shop.service.ask("POST", "/predict", body)
-        if told.status != 503:
-            break
-    assert told.status < 500, told.body
-    assert not any(card.encode() in told.body for card in CARDS) or told.json["transaction_id"] in CARDS
-    return told
-
-
 def test_http_answers_every_class(shop: Shop) -> None:
     classes, answered = Corpus("http", now_ms()).classes(), 0
     for each in classes:
-        decided: dict[str, Any] = {}
-        for example in each.examples:
-            told = asked(shop, example.body)
-            if isinstance(example.http, Refusal):
-                name, reason, status = example.http
-                assert (told.status, told.json["field"], told.json["error"]) == (status, name, reason), each
-                assert told.json["detail"]
-            elif example.http == CONFLICT:
-                assert (told.status, told.json["error"], told.json["field"]) == (409, "conflict", "transaction_id")
-            else:
-                answer = told.json | {"latency_ms": 0}
-                assert (told.status, answer["transaction_id"], answer["recorded"]) == (200, example.ident, True), each
-                assert example.http == (REPEAT if example.ident in decided else DECIDED)
-                assert decided.setdefault(example.ident, answer) == answer
+        check_over_http(each, lambda body: patiently(shop.service.port, body))
         answered += 1
     assert f"{answered}/{len(classes)} classes answered" == "64/64 classes answered"
     count = sum(example.http == DECIDED for each in classes for example in each.examples)
@@ -259,9 +235,10 @@ def test_a_card_number_is_kept_where_the_shop_put_it_and_nowhere_else(shop: Shop
         for bad in ("\\n", "\\u0000", "x" * 64):
             body = purchase(f"bad-{number}", now_ms(), **{name: f'"{CANARY}{bad}"'})
             shop.send(Example(body, Refusal(name, "bad_text"), "", ""))
-            told = asked(shop, body)
+            told = patiently(shop.service.port, body)
             assert (told.status, told.json["field"], told.json["error"]) == (400, name, "bad_text")
-        for card, send in zip(CARDS, (shop.send, lambda each: asked(shop, each.body)), strict=True):
+            assert CANARY.encode() not in told.body
+        for card, send in zip(CARDS, (shop.send, lambda each: patiently(shop.service.port, each.body)), strict=True):
             ident = card if name == "transaction_id" else f"card-{card[:4]}-{number}"
             customer = card if name == "customer_id" else "ada"
             body = purchase(ident, now_ms(), **{"merchant_id": None, name: f'"{card}"'})

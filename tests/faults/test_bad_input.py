@@ -12,12 +12,20 @@ from typing import Any, NamedTuple
 
 import psycopg2
 import pytest
-from kafka import KafkaProducer, TopicPartition
+from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 from kafka import errors as kafka_errors
+from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.producer.producer_batch import ProducerBatch
 from kafka.record.memory_records import MemoryRecordsBuilder
 
-from fraud_nb.adapters.kafka_bus import DEAD_LETTERS, PREDICTIONS, TRANSACTIONS, create_topics, read_topic
+from fraud_nb.adapters.kafka_bus import (
+    DEAD_LETTERS,
+    LARGEST_RECORD,
+    PREDICTIONS,
+    TRANSACTIONS,
+    create_topics,
+    read_topic,
+)
 from fraud_nb.adapters.ports import Record
 from fraud_nb.adapters.postgres import migrate
 from fraud_nb.apps.parts import model_in, open_predictor
@@ -41,6 +49,7 @@ from tests.faults.corpus import (
 from tests.service.bento_kit import free_port
 from tests.service.service_kit import House, ask, house, patiently, wait_until
 
+pytestmark = pytest.mark.timeout(600)
 CARDS = (CANARY, "4111111111111111")  # over the stream, over HTTP
 
 
@@ -138,7 +147,11 @@ class Shop:
         wait_until(lambda: set(self.letters()) == set(refused), "all dead letters are on their topic")
         for place, letter in self.letters().items():
             example, headers = refused[place], dict(letter.headers)
-            assert (letter.value, letter.key) == (example.body, example.customer.encode())
+            is_whole = len(example.body or b"") <= LARGEST_RECORD
+            assert (letter.value, letter.key) == (
+                (example.body, example.customer.encode()) if is_whole else (None, None)
+            )
+            assert ("left_out" in headers) != is_whole
             assert (headers["field"].decode(), headers["reason"].decode()) == example.stream[:2]
 
 
@@ -226,6 +239,17 @@ def test_a_record_may_be_packed_in_any_way(shop: Shop) -> None:
     assert {place: answers.get(place) for place in shop.sent} == {
         place: in_the_log(example) for place, example in shop.sent.items()
     }
+    shop.check_letters()
+
+
+def test_a_record_may_be_larger_than_any_dead_letter(shop: Shop) -> None:
+    """Where somebody else made the topic, it may accept more than ours do: then the letter says where the record is."""
+    admin = KafkaAdminClient(bootstrap_servers=shop.addresses.kafka)
+    admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, TRANSACTIONS, {"max.message.bytes": "4000000"})])
+    admin.close()
+    large = Example(b"x" * 3_000_000, Refusal("message", "too_large"), "", "large")
+    wait_until(lambda: shop.send(large), "the broker takes it")
+    shop.catch_up()
     shop.check_letters()
 
 

@@ -19,8 +19,11 @@ import numpy as np
 import numpy.typing as npt
 from kafka import ConsumerRebalanceListener, KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka import errors as kafka_errors
+from kafka.consumer.fetcher import Fetcher
 from kafka.producer.producer_batch import ProducerBatch
-from kafka.record.memory_records import MemoryRecordsBuilder
+from kafka.record.default_records import DefaultRecordBatch
+from kafka.record.memory_records import MemoryRecords, MemoryRecordsBuilder
+from kafka.record.util import decode_varint
 from kafka.structs import ConsumerGroupMetadata, OffsetAndMetadata
 
 from .ports import BusUnavailable, Fenced, OffsetGap, Outgoing, Record
@@ -152,13 +155,72 @@ def crc32_partitions(
     """Partition of each key, as librdkafka's `consistent` partitioner chooses it."""
     return np.array([zlib.crc32(key) % partitions for key in keys], np.int64)
 
+# %% ../../nbs/44_kafka_bus.ipynb #eca80d39
+def _names(
+    batch: bytearray,  # unpacked
+    place: int,  # where a record begins
+) -> Iterator[slice]:
+    """Where the names of its headers stand."""
+    for _ in range(4):  # length, attributes, time, offset
+        _, place = decode_varint(batch, place)
+    for _ in range(2):  # key, value; -1 is null
+        size, place = decode_varint(batch, place)
+        place += max(size, 0)
+    count, place = decode_varint(batch, place)
+    for _ in range(count):
+        size, place = decode_varint(batch, place)
+        yield slice(place, place + size)
+        size, place = decode_varint(batch, place + size)
+        place += max(size, 0)
+
+
+class _Batch(DefaultRecordBatch):  # type: ignore[misc]
+    """Records whose headers may have any name."""
+
+    def _read_msg(self) -> Any:
+        try:
+            return super()._read_msg()
+        except UnicodeDecodeError:
+            for name in _names(self._buffer, self._pos):
+                self._buffer[name] = self._buffer[name].decode("ascii", "replace").encode("ascii", "replace")
+            return super()._read_msg()
+
+
+class _Batches(MemoryRecords):  # type: ignore[misc]
+    """What a fetch brought."""
+
+    def next_batch(self) -> Any:
+        batch = super().next_batch()
+        return _Batch(batch._buffer) if isinstance(batch, DefaultRecordBatch) else batch
+
+
+class _Fetched(Fetcher.PartitionRecords):  # type: ignore[misc]
+    """The same, of one partition."""
+
+    def __init__(self, offset: int, place: TopicPartition, records: Any, **settings: Any) -> None:
+        super().__init__(offset, place, _Batches(records._buffer), **settings)
+
+    def take(self, n: int | None = None) -> Any:
+        try:
+            return super().take(n)
+        except Exception:
+            self.drain()
+            raise
+
+
+def _consumer(**settings: Any) -> Any:
+    """A KafkaConsumer that no record can stop."""
+    consumer = KafkaConsumer(**settings)
+    consumer._fetcher.PartitionRecords = _Fetched
+    return consumer
+
 # %% ../../nbs/44_kafka_bus.ipynb #e00ac404
 def record_of(
     fetched: Any,  # a ConsumerRecord
 ) -> Record:
-    """The client's record as ours."""
+    """The client's record as ours; a header without a value has an empty one."""
     place = (fetched.topic, fetched.partition, fetched.offset, fetched.timestamp)
-    return Record(*place, fetched.key, fetched.value, tuple(fetched.headers))
+    return Record(*place, fetched.key, fetched.value, tuple((name, value or b"") for name, value in fetched.headers))
 
 
 class Standing(NamedTuple):
@@ -203,7 +265,7 @@ class _Member:
     ) -> None:
         self.topic = topic
         with _unavailable("connect"):
-            self._consumer = KafkaConsumer(
+            self._consumer = _consumer(
                 bootstrap_servers=bootstrap.split(","),
                 group_id=group,
                 enable_auto_commit=False,
@@ -465,7 +527,7 @@ class KafkaSink(_Producer):
 def _onlooker(bootstrap: str, topic: str) -> Iterator[tuple[Any, list[TopicPartition]]]:
     """A consumer outside every group, and the topic's partitions."""
     with _unavailable(f"read topic {topic}"):
-        consumer = KafkaConsumer(
+        consumer = _consumer(
             bootstrap_servers=bootstrap.split(","), group_id=None, enable_auto_commit=False,
             isolation_level="read_committed", auto_offset_reset="earliest", bootstrap_timeout_ms=int(DEADLINE_S * 1e3),
         )  # fmt: skip

@@ -86,7 +86,7 @@ class Route(NamedTuple):
     answer: str  # the schema of a 200: a name, or a media type for what is no JSON
     problems: tuple[int, ...] = ()  # statuses that its own work may end with
     limit: int = 0  # bytes of a body
-    deadline_s: float = 5.0  # then it is refused; asked again, with the same id, the answer is the same
+    deadline_s: float = 5.0  # of the body, and of the work; asked again, with the same id, the answer is the same
     is_open: bool = False  # needs neither key nor a known host
 
 
@@ -202,6 +202,7 @@ _WORDS = {
     401: "the key is missing or wrong",
     404: "there is no such thing",
     405: "the path knows another method",
+    408: "the body came too slowly",
     409: "the id was decided with another payload",
     413: "the body is too large",
     415: "the body is not application/json",
@@ -227,7 +228,7 @@ def _said(route: Route, status: int) -> Schema:
 def _operation(route: Route) -> Schema:
     """A route in OpenAPI's words."""
     gate = () if route.is_open else (401, 421)
-    statuses = sorted({200, 500, 503, *route.problems, *gate, *((413, 415) if route.limit else ())})
+    statuses = sorted({200, 500, 503, *route.problems, *gate, *((408, 413, 415) if route.limit else ())})
     operation: Schema = {
         "operationId": route.name if route.path != "/" else "home",
         "summary": route.summary,

@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ..adapters.kafka_bus import DEAD_LETTERS, PREDICTIONS, murmur2_partitions
+from ..adapters.kafka_bus import DEAD_LETTERS, LARGEST_RECORD, PREDICTIONS, murmur2_partitions
 from ..adapters.ports import Fenced, Outgoing, Record, Sink, Source, StateStore, Unavailable
 from fraud_nb.adapters.postgres import (
     AlreadyDecided,
@@ -136,13 +136,16 @@ def dead_letter(
     reason: str,
     source: str | None = None,  # where it stands; None: partition and offset, as for transactions
 ) -> Outgoing:
-    """The refused record: its bytes as they came, and why in the headers."""
-    headers = (
+    """The refused record: its bytes and headers as they came, and why in more headers behind them."""
+    why = (
         ("source", (source or f"{record.partition}:{record.offset}").encode()),
         ("field", field_name.encode()),
         ("reason", reason.encode()),
     )
-    return Outgoing(DEAD_LETTERS, record.partition, record.key, record.value, headers)
+    size = sum(len(part or b"") for part in (record.key, record.value, *(value for _, value in record.headers)))
+    if size > LARGEST_RECORD:  # somebody else's topic accepts more than our dead letters do
+        return Outgoing(DEAD_LETTERS, record.partition, None, None, (*why, ("left_out", b"the record: too large")))
+    return Outgoing(DEAD_LETTERS, record.partition, record.key, record.value, (*record.headers, *why))
 
 
 def predictions(

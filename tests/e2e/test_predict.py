@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import psycopg2
 import pytest
@@ -102,6 +103,14 @@ class Shop:
         finally:
             up(self.home, quiet)
 
+    def features(self, ident: str) -> dict[str, float]:
+        """What a decision was made from, by name."""
+        row = LogOverview(self.addresses.postgres).find(ident)
+        assert row is not None and row.judgement is not None
+        index = dict(self.rows("SELECT feature_set, features FROM feature_sets"))
+        names = [name for name, _ in json.loads(index[row.judgement.feature_set])]
+        return dict(zip(names, np.frombuffer(row.judgement.features, "<f4").tolist(), strict=True))
+
     def check(self) -> None:
         """Every decision recomputed; every placed one published once."""
         done = fraud(self.environment, "verify", "--model", str(self.model))
@@ -186,6 +195,43 @@ def test_asked_again(shop: Shop, predictor: Predictor) -> None:
     assert isinstance(answer, Answer) and isinstance(conflict, IdConflict)
 
 
+def test_both_callers_get_the_one_decision(shop: Shop, predictor: Predictor) -> None:
+    """HTTP first, the stream first, and both at once; each of them more than once, as impatient shops do."""
+    noon = NOON + 8_000 * HOUR_MS
+    purchases = [Transaction(f"race {number}", "racer", noon + number, 2_000, "EUR", "books") for number in range(90)]
+    http_first, stream_first, at_once = purchases[:30], purchases[30:60], purchases[60:]
+    with shop.worker(idle_s=5) as worker:
+        said = [one(predictor, each) for each in http_first]
+        shop.send(http_first * 2, predictor)
+        shop.send(stream_first * 2, predictor)
+        decided = "SELECT count(*) FROM decisions WHERE transaction_id LIKE 'race %' AND origin = 'stream'"
+        wait_until(lambda: shop.rows(decided) == [(30,)])
+        said += [one(predictor, each) for each in stream_first]
+        sender = threading.Thread(target=shop.send, args=(at_once * 2, predictor))
+        sender.start()
+        said += [one(predictor, each) for each in at_once]
+        sender.join()
+        assert worker.poll() is None
+    assert said == [one(predictor, each) for each in purchases], "asked again: the same answer"
+    assert all(answer.recorded for answer in said)
+    assert {answer.features for answer in said[30:60]} == {"stream"} and "stream" not in {
+        each.features for each in said[:30]
+    }
+    told = {record.key: json.loads(record.value or b"") for record in read_topic(shop.addresses.kafka, PREDICTIONS)}
+    for answer in said:
+        heard = told[answer.transaction_id.encode()]
+        assert (heard["probability"], heard["outcome"]) == (answer.probability, answer.decision)
+        assert heard["reasons"] == [msgspec.to_builtins(reason) for reason in answer.reasons]
+    again = "SELECT bool_and(same_payload) FROM repeats WHERE transaction_id LIKE 'race %'"
+    assert shop.rows(again) == [(True,)]
+    after = Transaction("race over", "racer", noon + 1_000, 2_000, "EUR", "books")
+    one(predictor, after)
+    with shop.worker():
+        pass
+    assert shop.features("race over")["customer_count_1h"] == 90, "each was learned once"
+    shop.check()
+
+
 def test_the_second_purchase_sees_the_first(shop: Shop, predictor: Predictor) -> None:
     customer, noon = "in a hurry", NOON + 9_000 * HOUR_MS
     with shop.worker() as worker:
@@ -199,14 +245,7 @@ def test_the_second_purchase_sees_the_first(shop: Shop, predictor: Predictor) ->
                 offset = shop.rows(placed)[0][0]
                 wait_until(lambda: (store.watermark(home) or 0) > offset)  # noqa: B023
         assert worker.poll() is None
-    found = [LogOverview(shop.addresses.postgres).find(f"hurry {number}") for number in range(5)]
-    index = dict(shop.rows("SELECT feature_set, features FROM feature_sets"))
-    counts = []
-    for row in found:
-        assert row is not None and row.judgement is not None
-        names = [name for name, _ in json.loads(index[row.judgement.feature_set])]
-        vector = np.frombuffer(row.judgement.features, "<f4")
-        counts.append(vector[names.index("customer_count_1h")])
+    counts = [shop.features(f"hurry {number}")["customer_count_1h"] for number in range(5)]
     assert counts[1:] == [1, 2, 3, 4]  # the first is cold where nobody of its partition was ever learned
     shop.check()
 

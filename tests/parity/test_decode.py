@@ -1,7 +1,6 @@
 """The door: whatever comes, a transaction or one named error that never repeats a value."""
 
 import json
-import random
 from decimal import Decimal
 
 import pytest
@@ -61,52 +60,6 @@ def survives(body: bytes) -> bool:
     return True
 
 
-SCRAPS = [
-    b"{", b"}", b"[", b"]", b'"', b",", b":", b"\\", b"null", b"true", b"-", b"0", b"1e400", b"1e-400", b"9" * 50,
-    b"\\ud800", b"\\u0000", b"\xff", b"\xed\xa0\x80", b"\x00", b"NaN", b"Infinity", b"{}", b"[]", b"1.5", b"e", b" ",
-    b'"latitude":', b'"$.x":1,', b"\xe2\x80\xa8", b"[" * 2_000, b'{"a":' * 2_000,
-]  # fmt: skip
-
-
-def mutated(chance: random.Random) -> bytes:
-    """A good message, damaged once to four times."""
-    body = bytearray(message())
-    for _ in range(chance.randrange(1, 5)):
-        place = chance.randrange(len(body) + 1)
-        match chance.randrange(4):
-            case 0:
-                body[place : place + chance.randrange(1, 20)] = b""
-            case 1:
-                body[place:place] = chance.choice(SCRAPS)
-            case 2:
-                body[place : place + chance.randrange(1, 12)] = chance.choice(SCRAPS)
-            case _:
-                body[place : place + 1] = bytes([chance.randrange(256)])
-        if not body:
-            break
-    return bytes(body)
-
-
-JSON_VALUES = ["null", "true", "[]", "{}", '""', "0", "-1", "1e400", "1e30", "1.0", "-0.0", str(2**63), str(2**64),
-               '"x"', '"\\ud800"', '"\\n"', f'"{CANARY}"', f'["{CANARY}"]', f'{{"{CANARY}":1}}',
-               "[" * 3_000]  # fmt: skip
-
-
-def rewritten(chance: random.Random) -> bytes:
-    """A message some of whose fields hold the wrong JSON value."""
-    names = chance.sample([*GOOD, "unknown"], chance.randrange(1, 5))
-    return message(**{name: chance.choice([None, *JSON_VALUES]) for name in names})
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_fuzz(seed: int) -> None:
-    chance = random.Random(seed)
-    let_in = 0
-    for _ in range(2_500):
-        let_in += survives(mutated(chance)) + survives(rewritten(chance))
-    assert 0 < let_in < 4_000  # the fuzz reaches both sides of the door
-
-
 def answer(body: bytes) -> Transaction | tuple[str, str]:
     """What the door says: the transaction, or field and reason."""
     try:
@@ -116,22 +69,12 @@ def answer(body: bytes) -> Transaction | tuple[str, str]:
 
 
 def test_the_short_way_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    chance = random.Random(9)
-    bodies = [mutated(chance) for _ in range(1_500)] + [rewritten(chance) for _ in range(1_500)]
-    bodies += [
-        message(**{name: text}) for name in TEXTS for text in ('""', f'"{"x" * 64}"', f'"{"x" * 65}"', '"a\x7f"')
-    ]
-    bodies += [message(**{name: '"ü"'}) for name in TEXTS]
-    assert 500 < sum(map(schema.is_plain, bodies)) < 2_900  # both ways are taken
+    texts = ('""', f'"{"x" * 64}"', f'"{"x" * 65}"', '"a\x7f"', '"\u00fc"', '"\\u00fc"')
+    bodies = [message(**{name: text}) for name in TEXTS for text in texts]
+    assert 0 < sum(map(schema.is_plain, bodies)) < len(bodies)  # both ways are taken
     quick = [answer(body) for body in bodies]
     monkeypatch.setattr(schema, "is_plain", lambda _: False)
     assert quick == [answer(body) for body in bodies]
-
-
-@settings(max_examples=1_000, deadline=None, derandomize=True)
-@given(st.binary(max_size=200))
-def test_arbitrary_bytes(body: bytes) -> None:
-    assert not survives(body)
 
 
 BAD_TEXTS = ['""', f'"{"x" * 65}"', '"a\\n"', '"\\u0000"', '"\\u007f"', '"\\u0085"', '"\\u2028"', '"\\u2029"']

@@ -24,8 +24,9 @@ from fraud_nb.adapters.ledger import Ledger
 from fraud_nb.adapters.postgres import migrate
 from tests.conftest import Running
 from tests.e2e.stream_kit import MAIN, fraud, small_model
+from tests.faults.corpus import Corpus, check_over_http
 from tests.service.bento_kit import Box, Served, serve, serving, unpack
-from tests.service.service_kit import CANARY, JSON, KEY, SEED, ask, full, wait_until
+from tests.service.service_kit import CANARY, JSON, KEY, SEED, ask, full, patiently, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -87,12 +88,8 @@ def served(shop: Shop) -> Iterator[Served]:
 
 
 def predict(port: int, purchase: Any) -> Any:
-    """The answer's JSON; on a busy machine it may be too slow, and is asked again, with the same id, as it says."""
-    body = purchase if isinstance(purchase, bytes) else json.dumps(purchase)
-    for _ in range(20):
-        told = ask(port, "POST", "/predict", body)
-        if told.status != 503:
-            break
+    """The answer's JSON."""
+    told = patiently(port, purchase if isinstance(purchase, bytes) else json.dumps(purchase).encode())
     assert told.status == 200, told.body
     return told.json
 
@@ -156,6 +153,13 @@ def test_health_and_metrics(served: Served) -> None:
     assert "process_resident_memory_bytes" in metrics
 
 
+def test_every_class_of_bad_input_is_answered(served: Served) -> None:
+    classes = Corpus("bento", time.time_ns() // 1_000_000).classes()
+    for each in classes:
+        check_over_http(each, lambda body: patiently(served.port, body))
+    assert len(classes) == 64
+
+
 def test_values_are_in_no_log(served: Served) -> None:
     """The service's whole output is searched when it has ended."""
     ask(served.port, "GET", f"/decisions/{CANARY}?card={CANARY}")
@@ -174,7 +178,7 @@ def test_a_new_champion_without_a_restart(shop: Shop, served: Served) -> None:
 
 def test_open_to_others_only_with_a_key(shop: Shop) -> None:
     refused = serve(shop.box, shop.settings, "0.0.0.0")
-    refused.process.wait(90)
+    assert refused.process.wait(90) == 1
     said = refused.log.read_text()
     assert "fraud: FRAUD_API_KEY: set it, or listen on 127.0.0.1" in said and "Traceback" not in said
     with serving(shop.box, {**shop.settings, "FRAUD_API_KEY": KEY}, "0.0.0.0") as service:
@@ -187,7 +191,7 @@ def test_open_to_others_only_with_a_key(shop: Shop) -> None:
 
 def test_a_wrong_setting_is_one_line(shop: Shop) -> None:
     refused = serve(shop.box, {**shop.settings, "FRAUD_PARTITION": "4"})
-    refused.process.wait(90)
+    assert refused.process.wait(90) == 1
     said = refused.log.read_text()
     assert "fraud: FRAUD_PARTITION: no such setting" in said and "Traceback" not in said
 

@@ -1,6 +1,7 @@
 """What the service says over HTTP, without servers behind it: routes, refusals, limits, batches, no value anywhere."""
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -120,6 +121,32 @@ def test_a_large_body_is_refused_by_its_length_and_in_chunks(at_home: House) -> 
     raw(at_home.port, head % b"1000" + SEED)
     assert not at_home.double.decided
     assert at_home.predict(SEED).status == 200
+
+
+def test_whoever_is_still_sending_gets_the_answer_too(at_home: House) -> None:
+    """A refusal ends the connection, but not under the feet of one who sends everything before reading anything."""
+    large = SEED.rjust(10_000_000)
+    problem(at_home.predict(large), 413, "too_large", "message")
+    problem(at_home.ask("POST", "/predict", iter([large[:5_000_000], large[5_000_000:]])), 413, "too_large", "message")
+    problem(at_home.predict(large, {"Content-Type": "text/plain"}), 415, "wrong_content_type", "Content-Type")
+    for path in ("/no/such/path", "/health"):
+        assert at_home.ask("POST", path, large).status in (404, 405)
+    assert at_home.predict(SEED).status == 200
+
+
+def test_a_body_that_comes_too_slowly(at_home: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is the sender's fault; and who promises much and sends nothing is not waited for."""
+    monkeypatch.setitem(contract.BY_PATH, "/predict", contract.BY_PATH["/predict"]._replace(deadline_s=0.2))
+    monkeypatch.setattr(door, "LINGER_S", 0.2)
+    head = (
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n%sContent-Length: %d\r\n\r\n"
+    )
+    for more, length, status in ((b"", 1_000, 408), (b"", 10**9, 413), (b"Expect: 100-continue\r\n", 10**9, 413)):
+        with socket.create_connection(("127.0.0.1", at_home.port), timeout=30) as connection:
+            connection.sendall(head % (more, length) + SEED)
+            said = connection.makefile("rb").read()  # to the end: it closes
+        assert said.startswith(b"HTTP/1.1 %d" % status) and b'"field":"message"' in said
+    assert not at_home.double.decided
 
 
 def test_a_full_size_body_is_read(at_home: House) -> None:

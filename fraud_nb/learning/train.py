@@ -131,10 +131,9 @@ def fit(
     known: Sequence[str] = FEATURE_NAMES,  # as in `columns_of`
 ) -> Fitted:
     """The model; raises TooFewFrauds or CalibrationError."""
-    columns = columns_of(names, train_vectors, known)
     sample = resample(
         recipe.arm,
-        columns,
+        columns_of(names, train_vectors, known),
         train_is_fraud,
         train_weights,
         names,

@@ -107,7 +107,7 @@ def sample_of(
     told = SharedHistory().read(transactions, events, [labels for _, labels in mine])
     return Sample([transaction.customer_id for transaction in transactions], events, told)
 
-
+# %% ../../nbs/67_trial.ipynb #67a10028
 def check_columns(
     family: Family,
     owner: Owner | None,  # as in check_declaration

@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dashboard bento bench export lab test clean
+.PHONY: help setup demo dashboard bento bench bench-quality export lab test clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ LOCKED := $(VENV)/.locked
 INSTALLED := $(VENV)/.installed
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 15
 
 setup: $(INSTALLED) ## create .venv from requirements.lock (about two minutes, once)
 
@@ -37,6 +37,9 @@ dashboard: setup ## the analyst's desk on loopback, beside the demo or a stream 
 
 bench: setup ## the worker beside a record-at-a-time pipeline, on the same servers (some minutes)
 	@$(BIN)/python -m tests.bench.bench
+
+bench-quality: setup ## detection quality on the Handbook's payments, beside the book (FOLDS=validation looks at no test week)
+	@$(BIN)/python -m tests.bench.quality
 
 bento: setup ## package the prediction service with the champion inside, for `bentoml serve`
 	@$(BIN)/fraud bento

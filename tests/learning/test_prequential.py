@@ -25,7 +25,7 @@ from fraud_nb.learning.prequential import (
     weekly_folds,
 )
 from fraud_nb.learning.simulate import World, labelled, simulate
-from fraud_nb.learning.train import CalibrationError, Recipe, score
+from fraud_nb.learning.train import OWN_WORD, CalibrationError, Recipe, score
 
 WORLD = World(customers=250, days=60, seed=11, fraud_rate=0.02)
 START = WORLD.start_ms
@@ -166,6 +166,13 @@ def test_other_arms_are_calibrated_without_losing_days(history: History, folds: 
     one_day = replace(folds[0], train=folds[0].train[: int(len(truth) / 20)])
     with pytest.raises(CalibrationError, match="train_days: 2 or more"):
         refit(history, one_day, replace(QUICK, arm=arm, fraud_ratio=0.3), BASE_NAMES)  # type: ignore[arg-type]
+
+
+def test_who_keeps_its_own_word(history: History, folds: list[Fold]) -> None:
+    """Fourteen days do; all days take turns."""
+    (everything, *_) = weekly_folds(history, replace(PLAN, train_days=None, test_from_ms=START + 49 * DAY_MS))
+    assert refit(history, folds[0], QUICK, BASE_NAMES).knots == OWN_WORD
+    assert refit(history, everything, QUICK, BASE_NAMES).knots != OWN_WORD
 
 
 def test_thinned_rows_keep_the_odds(history: History, folds: list[Fold]) -> None:

@@ -4,16 +4,26 @@
 
 # %% auto #0
 __all__ = ['Show', 'PERIODS', 'WEEKDAYS', 'SHARED_PERIODS', 'PHRASES', 'MAX_REASONS', 'Phrase', 'show_whole', 'show_money',
-           'show_ratio', 'show_duration', 'show_hours', 'show_share', 'show_distance', 'words', 'reasons']
+           'show_ratio', 'show_duration', 'show_hours', 'show_days', 'show_share', 'show_distance', 'words', 'reasons']
 
 # %% ../../nbs/22_reasons.ipynb #7192b835
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from ..domain.schema import Reason, to_major_units
-from ..features.catalogue import EXTREME_WINDOWS, FEATURE_NAMES, VARIETY_WINDOWS, WINDOWS, Vector
+from fraud_nb.features.catalogue import (
+    EXTREME_WINDOWS,
+    FEATURE_NAMES,
+    MEAN_WINDOWS,
+    SPREE_WINDOWS,
+    VARIETY_WINDOWS,
+    WINDOWS,
+    Vector,
+)
+from ..features.tiles import MATURE_WINDOWS
 
 # %% ../../nbs/22_reasons.ipynb #0f4465a2
 Show = Callable[[float, str], str]  # (value, base currency) -> text
@@ -72,6 +82,11 @@ def show_hours(value: float, base_currency: str) -> str:
     return show_duration(value * 3_600, base_currency)
 
 
+def show_days(value: float, base_currency: str) -> str:
+    """Days in the unit that fits."""
+    return show_duration(value * 86_400, base_currency)
+
+
 def show_share(value: float, base_currency: str) -> str:
     """A share: 2.5 %."""
     return f"{show_ratio(100 * value, base_currency)} %"
@@ -87,7 +102,9 @@ PERIODS: Mapping[str, str] = {
     "10m": "10 minutes",
     "1h": "hour",
     "24h": "24 hours",
+    "3d": "3 days",
     "7d": "7 days",
+    "14d": "14 days",
     "30d": "30 days",
 }
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -116,6 +133,12 @@ def _window_phrases() -> Iterator[tuple[str, Phrase]]:
         yield (
             f"customer_max_{label}",
             Phrase(f"the dearest purchase {last} was {{}}", f"no purchase of a known amount {last}", show_money),
+        )
+    for label, _ in MEAN_WINDOWS:
+        last = f"in the last {PERIODS[label]}"
+        yield (
+            f"customer_mean_{label}",
+            Phrase(f"{{}} on average {last}, this purchase among them", f"no known amount {last}", show_money),
         )
     for label, _ in VARIETY_WINDOWS:
         for what, noun in (("merchants", "shop"), ("devices", "device")):
@@ -207,6 +230,19 @@ def _habit_phrases() -> Iterator[tuple[str, Phrase]]:
             ),
         )
 
+# %% ../../nbs/22_reasons.ipynb #4ab0eb88
+def _spree_phrases() -> Iterator[tuple[str, Phrase]]:
+    """Phrases of outliers."""
+    usual = "too little history to know the customer's usual amount"
+    yield "amount_to_usual", Phrase("{} times what the customer usually pays", usual, show_ratio)
+    for label, _ in SPREE_WINDOWS:
+        last = f"in the last {PERIODS[label]}"
+        many, zero, one = f"{{}} outliers {last}", f"no outlier {last}", f"1 outlier {last}"
+        yield f"customer_spree_{label}", Phrase(many, usual, show_whole, zero, one)
+    first = "the first outlier of 14 days was {} ago"
+    yield "spree_days", Phrase(first, "no outlier in the last 14 days", show_days, "the first outlier was just now")
+    yield "spree_largest", Phrase("{} times the usual was paid in the last 14 days", usual, show_ratio)
+
 # %% ../../nbs/22_reasons.ipynb #5ff10002
 SHARED_PERIODS: Mapping[str, str] = {"1h": "hour or two", "24h": "24 hours", "30d": "30 days"}
 
@@ -238,8 +274,41 @@ def _shared_phrases() -> Iterator[tuple[str, Phrase]]:
         told = f"the {which} known fraud at this shop is"
         yield name, Phrase(f"{told} {{}} old", none, show_hours, f"{told} less than an hour old")
 
+
+def _record_phrases() -> Iterator[tuple[str, Phrase]]:
+    """Phrases of the shop's record."""
+    for days in MATURE_WINDOWS:
+        known = f"of {days} days at this shop that are long enough ago"
+        unknown = f"purchases {known}: not known"
+        yield (
+            f"merchant_mature_{days}d",
+            Phrase(f"{{}} purchases {known}", unknown, show_ratio, f"no purchases {known}"),
+        )
+        none = f"no purchase {known} was fraud"
+        yield f"merchant_risk_{days}d", Phrase(f"{{}} of the purchases {known} were fraud", unknown, show_share, none)
+    none = "no fraud is the latest that is known of this shop"
+    yield (
+        "merchant_streak",
+        Phrase(
+            "the latest {} purchases known of this shop were fraud",
+            "what the latest purchase at this shop was: not known",
+            show_whole,
+            "the latest purchase known of this shop was genuine",
+            "the latest purchase known of this shop was fraud",
+        ),
+    )
+    yield "merchant_streak_mean", Phrase("the latest frauds at this shop cost {} on average", none, show_money)
+    today = "since today everything known of this shop is fraud"
+    yield "merchant_streak_days", Phrase("for {} everything known of this shop was fraud", none, show_days, today)
+    genuine = "the latest purchase at this shop that is known to be genuine is {} old"
+    yield "merchant_genuine_days", Phrase(genuine, "no purchase at this shop is known to be genuine", show_days)
+
 # %% ../../nbs/22_reasons.ipynb #15f96200
-PHRASES: Mapping[str, Phrase] = dict([*_window_phrases(), *_purchase_phrases(), *_habit_phrases(), *_shared_phrases()])
+PHRASES: Mapping[str, Phrase] = dict(
+    chain(
+        _window_phrases(), _purchase_phrases(), _habit_phrases(), _spree_phrases(), _shared_phrases(), _record_phrases()
+    )
+)
 
 
 def words(

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['Vector', 'PURCHASE', 'WINDOWS', 'WINDOW_MS', 'WINDOW_COUNT', 'VELOCITY', 'EXTREME_WINDOWS', 'VARIETY_WINDOWS',
-           'EXTREMES', 'VARIETY', 'MOVEMENT', 'MIN_HABIT', 'OUTLIER_RATIO', 'HABIT', 'NOVELTY', 'Told', 'MERCHANT',
-           'DEVICE', 'FAMILIES', 'FEATURES', 'FEATURE_NAMES', 'BASE_NAMES', 'Feature', 'Family', 'fill_purchase',
-           'fill_velocity', 'fill_extremes', 'fill_variety', 'fill_movement', 'fill_habit', 'fill_novelty',
-           'fill_merchant', 'fill_device', 'fingerprints', 'feature_set']
+           'EXTREMES', 'VARIETY', 'MOVEMENT', 'MIN_HABIT', 'OUTLIER_RATIO', 'HABIT', 'NOVELTY', 'MEAN_WINDOWS',
+           'MEAN_WINDOW_MS', 'MEANS', 'SPREE_RATIO', 'SPREE_WINDOWS', 'SPREE_DAY_MS', 'SPREE_FEW_MS', 'SPREE_MS',
+           'SPREE', 'Told', 'MERCHANT', 'MERCHANT_RECORD', 'DEVICE', 'FAMILIES', 'FEATURES', 'FEATURE_NAMES',
+           'BASE_NAMES', 'Feature', 'Family', 'fill_purchase', 'fill_velocity', 'fill_extremes', 'fill_variety',
+           'fill_movement', 'fill_habit', 'fill_novelty', 'fill_means', 'usual_amount', 'fill_spree', 'fill_merchant',
+           'fill_record', 'fill_device', 'fingerprints', 'feature_set']
 
 # %% ../../nbs/13_catalogue.ipynb #4060380b
 import ast
@@ -38,8 +40,16 @@ from fraud_nb.features.tiles import (
     FRAUDS_14D,
     FRAUDS_30D,
     FRAUDS_60D,
+    GENUINE_DAYS,
+    MATURE,
+    MATURE_FRAUDS,
+    MATURE_WINDOWS,
+    STREAK,
+    STREAK_AMOUNT,
+    STREAK_DAYS,
     UNKNOWN,
     apply,
+    read_record_row,
     read_row,
 )
 from fraud_nb.features.windows import (
@@ -249,6 +259,86 @@ NOVELTY = Family(
     ),
 )
 
+# %% ../../nbs/13_catalogue.ipynb #b05cdffd
+MEAN_WINDOWS = (("24h", DAY_MS), ("7d", 7 * DAY_MS), ("30d", 30 * DAY_MS))
+MEAN_WINDOW_MS = np.array([length for _, length in MEAN_WINDOWS], np.int64)
+
+
+@compiled
+def fill_means(purchase: np.void, past: Events, out: Vector) -> None:
+    """Mean amounts, the purchase among them; missing where no amount is known."""
+    for column in range(len(MEAN_WINDOW_MS)):
+        start = events_until(past, purchase["event_time"] - MEAN_WINDOW_MS[column])
+        known = np.sum(past["amount"][start:] != MISSING_AMOUNT)
+        total = sum_amounts(past, start, len(past))
+        if purchase["amount"] != MISSING_AMOUNT:
+            known += 1
+            total += purchase["amount"]
+        out[column] = total / known if known > 0 else np.nan
+
+
+MEANS = Family(
+    fill_means,
+    tuple(
+        Feature(f"customer_mean_{label}", "minor units", f"dear purchases within {label}") for label, _ in MEAN_WINDOWS
+    ),
+)
+
+# %% ../../nbs/13_catalogue.ipynb #ff0f8808
+SPREE_RATIO = 3  # times the usual amount
+SPREE_WINDOWS = (("24h", DAY_MS), ("3d", 3 * DAY_MS), ("14d", 14 * DAY_MS))
+SPREE_DAY_MS, SPREE_FEW_MS, SPREE_MS = DAY_MS, 3 * DAY_MS, 14 * DAY_MS
+
+
+@compiled
+def usual_amount(past: Events) -> tuple[int, int]:  # the sum of all usual amounts, and how many there are
+    """The amounts that are at most three times the mean of the known ones."""
+    total, known = sum_amounts(past, 0, len(past)), np.sum(past["amount"] != MISSING_AMOUNT)
+    usual, count = 0, 0
+    for index in range(len(past)):
+        amount = past[index]["amount"]
+        if amount != MISSING_AMOUNT and amount * known <= SPREE_RATIO * total:
+            usual += amount
+            count += 1
+    return usual, count
+
+
+@compiled
+def fill_spree(purchase: np.void, past: Events, out: Vector) -> None:
+    """The amount against the usual one, and the outliers of two weeks; missing without a habit."""
+    out[:] = np.nan
+    if np.sum(past["amount"] != MISSING_AMOUNT) < MIN_HABIT:
+        return
+    usual, count = usual_amount(past)
+    if purchase["amount"] != MISSING_AMOUNT:
+        out[0] = purchase["amount"] * count / max(usual, 1)
+    out[1:4] = 0.0
+    largest = 0
+    for index in range(events_until(past, purchase["event_time"] - SPREE_MS), len(past)):
+        amount, age = past[index]["amount"], purchase["event_time"] - past[index]["event_time"]
+        largest = max(largest, amount)
+        if amount * count > SPREE_RATIO * usual:
+            out[1] += age < SPREE_DAY_MS
+            out[2] += age < SPREE_FEW_MS
+            out[3] += 1
+            if np.isnan(out[4]):
+                out[4] = age / DAY_MS
+    out[5] = largest * count / max(usual, 1)
+
+
+SPREE = Family(
+    fill_spree,
+    (
+        Feature("amount_to_usual", "ratio", "dearer than usual, whatever a thief has bought meanwhile"),
+        *(
+            Feature(f"customer_spree_{label}", "purchases above 3 usual ones", f"a spree within {label}")
+            for label, _ in SPREE_WINDOWS
+        ),
+        Feature("spree_days", "days", "since the first unusual purchase of 14 days"),
+        Feature("spree_largest", "ratio", "the dearest of 14 days against the usual"),
+    ),
+)
+
 # %% ../../nbs/13_catalogue.ipynb #5b1e0002
 Told = npt.NDArray[np.int64]  # what the tiles of one owner say, shape (len(READINGS),), in that order
 
@@ -290,6 +380,47 @@ MERCHANT = Family(
     (read_row, apply),
 )
 
+# %% ../../nbs/13_catalogue.ipynb #4b45950b
+@compiled
+def fill_record(purchase: np.void, told: Told, out: Vector) -> None:
+    """Mature purchases, the share of frauds among them, and the streak; missing where nobody knows."""
+    out[:] = np.nan
+    if told[STREAK] == UNKNOWN:
+        return
+    windows = len(MATURE_WINDOWS)
+    for window in range(windows):
+        mature, frauds = told[MATURE + window], told[MATURE_FRAUDS + window]
+        out[window] = mature / 24
+        out[windows + window] = frauds / max(mature, frauds, 1)
+    out[2 * windows] = told[STREAK]
+    if told[STREAK] > 0:
+        out[2 * windows + 1] = told[STREAK_AMOUNT] / told[STREAK]
+        out[2 * windows + 2] = told[STREAK_DAYS]
+    if told[GENUINE_DAYS] != UNKNOWN:
+        out[2 * windows + 3] = told[GENUINE_DAYS]
+
+
+MERCHANT_RECORD = Family(
+    fill_record,
+    (
+        *(
+            Feature(f"merchant_mature_{days}d", "purchases", f"what is known of {days} days that are mature")
+            for days in MATURE_WINDOWS
+        ),
+        *(
+            Feature(f"merchant_risk_{days}d", "share", f"of the purchases of {days} mature days, how many were fraud")
+            for days in MATURE_WINDOWS
+        ),
+        Feature("merchant_streak", "known frauds", "everything known lately was fraud: a shop in a thief's hands"),
+        Feature(
+            "merchant_streak_mean", "minor units", "dear frauds are the customer's trouble, ordinary ones the shop's"
+        ),
+        Feature("merchant_streak_days", "days", "the shop was broken into at the latest then"),
+        Feature("merchant_genuine_days", "days", "and not before the last genuine purchase"),
+    ),
+    (read_record_row, apply),
+)
+
 # %% ../../nbs/13_catalogue.ipynb #5b1e0004
 @compiled
 def fill_device(purchase: np.void, told: Told, out: Vector) -> None:
@@ -315,15 +446,19 @@ DEVICE = Family(
 )
 
 # %% ../../nbs/13_catalogue.ipynb #a1b7295e
-FAMILIES = (PURCHASE, VELOCITY, EXTREMES, VARIETY, MOVEMENT, HABIT, NOVELTY, MERCHANT, DEVICE)
+FAMILIES = (
+    PURCHASE, VELOCITY, EXTREMES, VARIETY, MOVEMENT, HABIT, NOVELTY, MEANS, SPREE, MERCHANT, MERCHANT_RECORD, DEVICE,
+)  # fmt: skip
 FEATURES = tuple(feature for family in FAMILIES for feature in family.features)
 FEATURE_NAMES = tuple(feature.name for feature in FEATURES)
 
-# %% ../../nbs/13_catalogue.ipynb #37a7db4e
+# %% ../../nbs/13_catalogue.ipynb #b47ddea9
 BASE_NAMES = (
-    *("amount", "is_night", "weekday"),
-    *(f"customer_{kind}_{label}" for kind in ("count", "sum") for label in ("24h", "7d", "30d")),
-    *("merchant_count_24h", "merchant_count_30d", "merchant_frauds_14d", "merchant_frauds_30d", "merchant_fraud_share"),
+    "amount",
+    "weekday",
+    "is_night",
+    *(f"customer_{what}_{label}" for label, _ in MEAN_WINDOWS for what in ("count", "mean")),
+    *(f"merchant_{what}_{days}d" for days in MATURE_WINDOWS for what in ("mature", "risk")),
 )
 
 # %% ../../nbs/13_catalogue.ipynb #aeea6905

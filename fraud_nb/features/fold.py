@@ -22,10 +22,13 @@ from fraud_nb.features.catalogue import (
     FEATURE_NAMES,
     FEATURES,
     HABIT,
+    MEANS,
     MERCHANT,
+    MERCHANT_RECORD,
     MOVEMENT,
     NOVELTY,
     PURCHASE,
+    SPREE,
     VARIETY,
     VELOCITY,
     Family,
@@ -33,15 +36,18 @@ from fraud_nb.features.catalogue import (
     fill_device,
     fill_extremes,
     fill_habit,
+    fill_means,
     fill_merchant,
     fill_movement,
     fill_novelty,
     fill_purchase,
+    fill_record,
+    fill_spree,
     fill_variety,
     fill_velocity,
 )
 from .profile import COUNT, START, Blocks, Free, Profiles, learn
-from .tiles import READINGS, UNKNOWN, WIDTH, Readings
+from .tiles import OWNED, READINGS, UNKNOWN, WIDTH, Readings
 from .windows import Events, events_until
 
 # %% ../../nbs/14_fold.ipynb #68b8c32e
@@ -56,9 +62,12 @@ _VARIETY = _end(EXTREMES, _EXTREMES)
 _MOVEMENT = _end(VARIETY, _VARIETY)
 _HABIT = _end(MOVEMENT, _MOVEMENT)
 _NOVELTY = _end(HABIT, _HABIT)
-_MERCHANT = _end(NOVELTY, _NOVELTY)
-_DEVICE = _end(MERCHANT, _MERCHANT)
-_TOLD = len(READINGS)  # of the merchant; those of the device follow
+_MEANS = _end(NOVELTY, _NOVELTY)
+_SPREE = _end(MEANS, _MEANS)
+_MERCHANT = _end(SPREE, _SPREE)
+_RECORD = _end(MERCHANT, _MERCHANT)
+_DEVICE = _end(MERCHANT_RECORD, _RECORD)
+_TOLD = len(READINGS)  # of the merchant; those of the device follow, and then the merchant's record
 if _end(DEVICE, _DEVICE) != len(FEATURES):
     raise TypeError("FAMILIES: a family of the catalogue is not called in transform; its columns would hold anything")
 
@@ -77,9 +86,12 @@ def transform(
     fill_variety(purchase, past, out[_VARIETY:_MOVEMENT])
     fill_movement(purchase, past, out[_MOVEMENT:_HABIT])
     fill_habit(purchase, past, out[_HABIT:_NOVELTY])
-    fill_novelty(purchase, past, out[_NOVELTY:_MERCHANT])
-    fill_merchant(purchase, told[:_TOLD], out[_MERCHANT:_DEVICE])
-    fill_device(purchase, told[_TOLD:], out[_DEVICE:])
+    fill_novelty(purchase, past, out[_NOVELTY:_MEANS])
+    fill_means(purchase, past, out[_MEANS:_SPREE])
+    fill_spree(purchase, past, out[_SPREE:_MERCHANT])
+    fill_merchant(purchase, told[:_TOLD], out[_MERCHANT:_RECORD])
+    fill_record(purchase, told[OWNED:], out[_RECORD:_DEVICE])
+    fill_device(purchase, told[_TOLD:OWNED], out[_DEVICE:])
 
 # %% ../../nbs/14_fold.ipynb #0d2620c2
 @compiled

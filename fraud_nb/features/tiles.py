@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['TILE', 'TileRows', 'CHANGE', 'Changes', 'NEWEST_HOURS_MS', 'DAYS_KEPT_MS', 'READINGS', 'COUNT_1H', 'COUNT_24H',
            'COUNT_30D', 'COUNT_60D', 'AMOUNT_30D', 'FRAUDS_14D', 'FRAUDS_30D', 'FRAUDS_60D', 'FRAUD_AMOUNT_60D',
-           'FRAUD_HOURS', 'FIRST_FRAUD_HOURS', 'UNKNOWN', 'KINDS', 'WIDTH', 'Readings', 'Owners', 'LARGEST_BLOCK',
-           'MOST_OF_AN_AMOUNT', 'settle', 'apply', 'apply_all', 'read_tiles', 'read_row', 'tell', 'owners_of',
-           'owner_names', 'Tiles', 'changes_of', 'in_order', 'claim_steps']
+           'FRAUD_HOURS', 'FIRST_FRAUD_HOURS', 'UNKNOWN', 'KINDS', 'MATURE_DAYS', 'RECORD', 'MATURE_WINDOWS', 'OWNED',
+           'WIDTH', 'Readings', 'MATURE', 'MATURE_FRAUDS', 'STREAK', 'STREAK_AMOUNT', 'STREAK_DAYS', 'GENUINE_DAYS',
+           'Owners', 'LARGEST_BLOCK', 'MOST_OF_AN_AMOUNT', 'settle', 'apply', 'apply_all', 'read_tiles', 'hours_within',
+           'read_record', 'read_row', 'read_record_row', 'tell', 'owners_of', 'owner_names', 'Tiles', 'changes_of',
+           'in_order', 'claim_steps']
 
 # %% ../../nbs/12_tiles.ipynb #5a1e0003
 from collections.abc import Iterable, Sequence
@@ -135,8 +137,6 @@ COUNT_1H, COUNT_24H, COUNT_30D, COUNT_60D, AMOUNT_30D = range(5)
 FRAUDS_14D, FRAUDS_30D, FRAUDS_60D, FRAUD_AMOUNT_60D, FRAUD_HOURS, FIRST_FRAUD_HOURS = range(5, 11)
 UNKNOWN = -1  # no owner is named, or nothing is shared yet; for the hours: no fraud is known
 KINDS = ("merchant", "device")
-WIDTH = len(KINDS) * len(READINGS)  # integers in a row of readings
-Readings = npt.NDArray[np.int64]  # shape (n, WIDTH)
 
 # %% ../../nbs/12_tiles.ipynb #5a1e0028
 @compiled
@@ -175,6 +175,75 @@ def read_tiles(
         if begins >= hour - HOUR_MS:
             out[COUNT_1H] += count
 
+# %% ../../nbs/12_tiles.ipynb #6419e69b
+MATURE_DAYS = 7  # the Handbook's label delay; assumption: most claims have arrived by then
+RECORD = (
+    "mature_1d", "mature_7d", "mature_30d",  # purchases, in 24ths
+    "mature_frauds_1d", "mature_frauds_7d", "mature_frauds_30d",  # likewise
+    "streak", "streak_amount",  # frauds since the last day with a genuine purchase, and what they cost together
+    "streak_days", "genuine_days",  # since the streak began, and since the newest day with a genuine purchase
+)  # fmt: skip
+MATURE_WINDOWS = (1, 7, 30)  # days
+OWNED = len(KINDS) * len(READINGS)  # integers in a row that both owners say; the shop's record follows
+WIDTH = OWNED + len(RECORD)
+Readings = npt.NDArray[np.int64]  # shape (n, WIDTH)
+MATURE, MATURE_FRAUDS, STREAK, STREAK_AMOUNT, STREAK_DAYS, GENUINE_DAYS = 0, 3, 6, 7, 8, 9
+
+
+@compiled
+def hours_within(
+    age: int,  # of a day, in days
+    length: int,  # of a window that ends MATURE_DAYS ago, in days
+    passed: int,  # hours of today that are over
+) -> int:  # 0 to 24
+    """How much of a day lies within the window."""
+    if age == MATURE_DAYS:
+        return passed
+    if age == MATURE_DAYS + length:
+        return 24 - passed
+    return 24 if MATURE_DAYS < age < MATURE_DAYS + length else 0
+
+# %% ../../nbs/12_tiles.ipynb #34e30f43
+@compiled
+def read_record(
+    tiles: TileRows,
+    event_time: int,  # ms UTC, of the purchase that asks
+    out: npt.NDArray[np.int64],  # shape (len(RECORD),): filled
+) -> None:
+    """What has become of one owner's purchases, day by day, newest first."""
+    out[:] = 0
+    out[STREAK_DAYS] = UNKNOWN
+    out[GENUINE_DAYS] = UNKNOWN
+    if len(tiles) == 0:
+        return
+    hour = max(event_time - event_time % HOUR_MS, tiles[len(tiles) - 1]["event_time"])
+    today = hour - hour % DAY_MS
+    index = len(tiles) - 1
+    while index >= 0:
+        day = tiles[index]["event_time"] - tiles[index]["event_time"] % DAY_MS
+        count, frauds, amount = 0, 0, 0
+        while index >= 0 and tiles[index]["event_time"] >= day:  # hours that are not in their day yet
+            count += tiles[index]["count"]
+            frauds += tiles[index]["frauds"]
+            amount += tiles[index]["fraud_amount"]
+            index -= 1
+        age = (today - day) // DAY_MS
+        if day < today - DAYS_KEPT_MS:
+            return
+        for window, length in enumerate(MATURE_WINDOWS):
+            within = hours_within(age, length, (hour - today) // HOUR_MS)
+            out[MATURE + window] += within * count
+            # Of the day that is half mature, a fraud that is known is one of the mature half.
+            out[MATURE_FRAUDS + window] += (24 if age == MATURE_DAYS else within) * frauds
+        if out[GENUINE_DAYS] != UNKNOWN:
+            continue
+        if age > MATURE_DAYS and frauds < count:
+            out[GENUINE_DAYS] = age
+        elif frauds > 0:
+            out[STREAK] += frauds
+            out[STREAK_AMOUNT] += amount
+            out[STREAK_DAYS] = age
+
 # %% ../../nbs/12_tiles.ipynb #5a1e0030
 @compiled
 def read_row(
@@ -182,7 +251,7 @@ def read_row(
     event_time: int,  # ms UTC
     blocks: Blocks,
     arena: TileRows,
-    out: npt.NDArray[np.int64],  # shape (WIDTH,): filled
+    out: npt.NDArray[np.int64],  # shape (OWNED,): filled
 ) -> None:
     """What a purchase's owners say."""
     width = len(out) // len(slots)
@@ -193,6 +262,21 @@ def read_row(
         else:
             start, held = blocks[slots[kind], START], blocks[slots[kind], COUNT]
             read_tiles(arena[start : start + held], event_time, mine)
+
+# %% ../../nbs/12_tiles.ipynb #06f468cb
+@compiled
+def read_record_row(
+    shop: int,  # slot of the row's shop, negative where there is none
+    event_time: int,  # ms UTC
+    blocks: Blocks,
+    arena: TileRows,
+    out: npt.NDArray[np.int64],  # shape (len(RECORD),): filled
+) -> None:
+    """The record of a purchase's shop."""
+    if shop < 0:
+        out[:] = UNKNOWN
+    else:
+        read_record(arena[blocks[shop, START] : blocks[shop, START] + blocks[shop, COUNT]], event_time, out)
 
 # %% ../../nbs/12_tiles.ipynb #5a1e0011
 @compiled
@@ -214,7 +298,8 @@ def tell(
             if not apply(changes[done[0]], blocks, arena, free):
                 return False
             done[0] += 1
-        read_row(slots[row], event_times[row], blocks, arena, out[row])
+        read_row(slots[row], event_times[row], blocks, arena, out[row, :OWNED])
+        read_record_row(slots[row, 0], event_times[row], blocks, arena, out[row, OWNED:])
         done[1] += 1
     return True
 

@@ -59,11 +59,13 @@ def told_now(
 def told_then(
     rows: Sequence[Logged],
 ) -> Readings:
-    """What these rows were told when they were decided; history was told nothing."""
-    stored = [row.judgement.shared if row.judgement is not None else b"" for row in rows]
-    nothing = np.full(WIDTH, UNKNOWN, "<i8").tobytes()
-    readings = np.frombuffer(b"".join(each or nothing for each in stored), "<i8")
-    return readings.reshape(len(rows), WIDTH).astype(np.int64)
+    """What these rows were told when they were decided: history nothing, older code less than today's."""
+    readings = np.full((len(rows), WIDTH), UNKNOWN, np.int64)
+    for row, reading in zip(rows, readings, strict=True):
+        if row.judgement is not None:
+            stored = np.frombuffer(row.judgement.shared, "<i8")
+            reading[: len(stored)] = stored
+    return readings
 
 # %% ../../nbs/50_sharing.ipynb #5f1e0010
 def changes_between(

@@ -25,7 +25,7 @@ from ..features.catalogue import FEATURE_NAMES, Vector, fingerprints
 from ..features.fold import fold, fold_blind
 from ..features.profile import Arena, Profiles
 from ..features.shared import claim_changes
-from ..features.tiles import UNKNOWN, Readings, Tiles, changes_of, in_order, owners_of
+from ..features.tiles import UNKNOWN, WIDTH, Readings, Tiles, changes_of, in_order, owners_of
 from .sharing import told_then
 from .stream import events_of_rows
 
@@ -169,17 +169,18 @@ class SharedAudit:
     tiles: Tiles = field(default_factory=Tiles)
     ids: list[str] = field(default_factory=list)
     slots: list[npt.NDArray[np.int64]] = field(default_factory=list)  # shape (rows of a page, kinds)
-    rows: list[npt.NDArray[np.int64]] = field(default_factory=list)  # partition, offset, time, amount, version read
+    rows: list[npt.NDArray[np.int64]] = field(default_factory=list)  # partition, offset, time, amount, version, width
     told: list[Readings] = field(default_factory=list)
 
     def gather(self, page: Sequence[Logged]) -> None:
         """The next rows, in any order of partitions."""
         owners = [owners_of(row.transaction.merchant_id, row.transaction.device_id) for row in page]
         read = [row.judgement.shared_version if row.judgement and row.judgement.shared else -1 for row in page]
+        width = [len(row.judgement.shared) // 8 if row.judgement else 0 for row in page]  # older code told less
         cells = [(row.partition, row.offset, row.transaction.event_time, row.amount_base) for row in page]
         self.ids += [row.transaction.transaction_id for row in page]
         self.slots.append(self.tiles.slots_of(owners))
-        self.rows.append(np.column_stack([np.array(cells, np.int64), np.array(read, np.int64)]))
+        self.rows.append(np.column_stack([np.array(cells, np.int64), np.array(read, np.int64), np.array(width)]))
         self.told.append(told_then(page))
 
     def differences(
@@ -189,7 +190,7 @@ class SharedAudit:
         store: StateStore,
     ) -> list[Difference]:
         """The rows that were told otherwise, and the tiles that are otherwise."""
-        partition, offset, time, amount, read = np.concatenate(self.rows).T
+        partition, offset, time, amount, read, width = np.concatenate(self.rows).T
         slots, told = np.concatenate(self.slots), np.concatenate(self.told)
         within = first_within(versions, partition, offset)
         place = {ident: row for row, ident in enumerate(self.ids)}
@@ -206,7 +207,8 @@ class SharedAudit:
         asked = asked[np.argsort(read[asked], kind="stable")]
         found, unread = self.tiles.tell(changes, slots[asked], time[asked], read[asked])
         found[read[asked] == 0] = UNKNOWN
-        wrong = asked[(found != told[asked]).any(axis=1)]
+        differs = (found != told[asked]) & (np.arange(WIDTH) < width[asked, None])
+        wrong = asked[differs.any(axis=1)]
         differences = [Difference("shared", int(partition[row]), int(offset[row])) for row in np.sort(wrong)]
         shared = max(store.watermark(SHARED) or 0, read.max())  # tiles behind what was read already are a difference
         self.tiles.apply(unread[unread["at"] <= shared])

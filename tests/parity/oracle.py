@@ -28,7 +28,15 @@ NAN = float("nan")
 UNKNOWN = -1
 WINDOWED = ("count_1h", "count_24h", "count_30d", "count_60d", "amount_30d", "frauds_14d", "frauds_30d", "frauds_60d")
 READINGS = (*WINDOWED, "fraud_amount_60d", "fraud_hours", "first_fraud_hours")  # of one owner
-NOTHING_TOLD = (UNKNOWN,) * (2 * len(READINGS))
+MATURE = 7  # days
+MATURE_WINDOWS = (1, 7, 30)  # days
+RECORD = (
+    *(f"mature_{days}d" for days in MATURE_WINDOWS),
+    *(f"mature_frauds_{days}d" for days in MATURE_WINDOWS),
+    *("streak", "streak_amount", "streak_days", "genuine_days"),
+)  # of a merchant
+OWNED = 2 * len(READINGS)
+NOTHING_TOLD = (UNKNOWN,) * (OWNED + len(RECORD))
 
 
 class Oracle:
@@ -62,10 +70,11 @@ class Oracle:
 
 def _features(purchase: Row, past: Sequence[Row], told: Sequence[int]) -> Iterator[tuple[str, Value]]:
     """All families, in no particular order: columns are matched by name."""
-    for family in (_novelty, _habit, _movement, _variety, _extremes, _velocity, _itself):
+    for family in (_spree, _means, _novelty, _habit, _movement, _variety, _extremes, _velocity, _itself):
         yield from family(purchase, past)
-    merchant, device = told[: len(READINGS)], told[len(READINGS) :]
+    merchant, device = told[: len(READINGS)], told[len(READINGS) : OWNED]
     yield from _device(dict(zip(READINGS, device, strict=True)))
+    yield from _record(dict(zip(RECORD, told[OWNED:], strict=True)))
     yield from _merchant(purchase, dict(zip(READINGS, merchant, strict=True)))
 
 
@@ -162,6 +171,39 @@ def _novelty(purchase: Row, past: Sequence[Row]) -> Iterator[tuple[str, Value]]:
         yield f"same_{name}_count", NAN if purchase[name] == ABSENT else len(same)
 
 
+def _means(purchase: Row, past: Sequence[Row]) -> Iterator[tuple[str, Value]]:
+    for label in ("24h", "7d", "30d"):
+        known = _amounts([*_within(purchase, past, COUNT_WINDOWS[label]), purchase])
+        yield f"customer_mean_{label}", _ratio(sum(known), len(known)) if known else NAN
+
+
+def _spree(purchase: Row, past: Sequence[Row]) -> Iterator[tuple[str, Value]]:
+    known = _amounts(past)
+    habit = len(known) >= 3
+    usual = [amount for amount in known if amount <= 3 * Fraction(sum(known), len(known))] if habit else []
+    total, count = max(sum(usual), 1), len(usual)
+    judged = habit and purchase["amount"] != NO_AMOUNT
+    yield "amount_to_usual", _ratio(purchase["amount"] * count, total) if judged else NAN
+    recent = _within(purchase, past, 14 * DAY)
+    outliers = [event for event in recent if habit and event["amount"] * count > 3 * sum(usual)]
+    for label, length in (("24h", DAY), ("3d", 3 * DAY), ("14d", 14 * DAY)):
+        yield f"customer_spree_{label}", len(_within(purchase, outliers, length)) if habit else NAN
+    yield "spree_days", (purchase["event_time"] - outliers[0]["event_time"]) / DAY if outliers else NAN
+    yield "spree_largest", _ratio(max([0, *_amounts(recent)]) * count, total) if habit else NAN
+
+
+def _record(told: Row) -> Iterator[tuple[str, Value]]:
+    known, streak = told["streak"] != UNKNOWN, told["streak"] > 0
+    for days in MATURE_WINDOWS:
+        mature, frauds = told[f"mature_{days}d"], told[f"mature_frauds_{days}d"]
+        yield f"merchant_mature_{days}d", mature / 24 if known else NAN
+        yield f"merchant_risk_{days}d", _ratio(frauds, max(mature, frauds, 1)) if known else NAN
+    yield "merchant_streak", told["streak"] if known else NAN
+    yield "merchant_streak_mean", _ratio(told["streak_amount"], told["streak"]) if streak else NAN
+    yield "merchant_streak_days", told["streak_days"] if streak else NAN
+    yield "merchant_genuine_days", told["genuine_days"] if known and told["genuine_days"] != UNKNOWN else NAN
+
+
 def _merchant(purchase: Row, told: Row) -> Iterator[tuple[str, Value]]:
     known, claimed = told["count_30d"] != UNKNOWN, told["frauds_60d"] > 0
     for name in ("count_1h", "count_24h", "count_30d", "frauds_14d", "frauds_30d"):
@@ -246,6 +288,34 @@ def readings(seen: Sequence[Seen], time: int) -> list[int]:
     return [*found, min(ages, default=UNKNOWN), max(ages, default=UNKNOWN)]
 
 
+def record(seen: Sequence[Seen], time: int) -> list[int]:
+    """What has become of a merchant's purchases, from single purchases and not from tiles."""
+    hour = _floor(max([time, *(each for each, _, _ in seen)]), HOUR)
+    today = _floor(hour, DAY)
+    days: dict[int, list[Seen]] = {}  # by age in days
+    for one in seen:
+        if _floor(one[0], DAY) >= today - 60 * DAY:
+            days.setdefault((today - _floor(one[0], DAY)) // DAY, []).append(one)
+    found = dict.fromkeys(RECORD, 0) | {"streak_days": UNKNOWN, "genuine_days": UNKNOWN}
+    for length in MATURE_WINDOWS:
+        for age, part in days.items():
+            hours = [hour - MATURE * DAY - back * HOUR for back in range(1, length * 24 + 1)]
+            within = sum(_floor(begin, DAY) == today - age * DAY for begin in hours)
+            frauds = sum(is_fraud for _, _, is_fraud in part)
+            found[f"mature_{length}d"] += within * len(part)
+            found[f"mature_frauds_{length}d"] += (24 if age == MATURE else within) * frauds
+    genuine = [age for age, part in days.items() if age > MATURE and not all(is_fraud for _, _, is_fraud in part)]
+    streak = [
+        (age, min(amount, MOST) if amount != NO_AMOUNT else 0)
+        for age, part in days.items()
+        for _, amount, is_fraud in part
+        if is_fraud and age < min(genuine, default=61)
+    ]
+    found |= {"streak": len(streak), "streak_amount": sum(amount for _, amount in streak)}
+    found |= {"streak_days": max((age for age, _ in streak), default=UNKNOWN)}
+    return list((found | {"genuine_days": min(genuine, default=UNKNOWN)}).values())
+
+
 class TileOracle:
     """Every accepted purchase with all labels it will ever have, by owner; nothing is added up beforehand."""
 
@@ -267,7 +337,9 @@ class TileOracle:
         merchant, device = (
             unknown if owner is None else readings(self.known(owner, until), bought.time) for owner in bought.owners
         )
-        return merchant + device
+        shop, _ = bought.owners
+        of_shop = [UNKNOWN] * len(RECORD) if shop is None else record(self.known(shop, until), bought.time)
+        return merchant + device + of_shop
 
     def known(self, owner: str, until: int) -> list[Seen]:
         """An owner's purchases accepted by a moment, with the claims that stood then."""

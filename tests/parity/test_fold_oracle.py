@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fraud_nb.features.catalogue import FEATURE_NAMES
 from fraud_nb.features.fold import fold, fold_blind
 from fraud_nb.features.profile import CAPACITY, Profiles
-from fraud_nb.features.tiles import KINDS, READINGS, UNKNOWN, WIDTH
+from fraud_nb.features.tiles import KINDS, OWNED, READINGS, RECORD, UNKNOWN, WIDTH
 from fraud_nb.features.windows import EVENT, Events
 from tests.parity.oracle import (
     ABSENT,
@@ -34,6 +34,7 @@ from tests.parity.oracle import (
     metres,
 )
 from tests.parity.oracle import READINGS as ORACLE_READINGS
+from tests.parity.oracle import RECORD as ORACLE_RECORD
 
 Stream = list[tuple[str, Row]]  # customer and event, in order of acceptance
 Vectors = npt.NDArray[np.float32]
@@ -85,7 +86,14 @@ known = st.builds(
     lambda sums, hours: [*sums, *hours],
     *(st.lists(drawn, min_size=n, max_size=n) for drawn, n in ((wholes, 9), (ages, 2))),
 )
-told_rows = st.builds(lambda merchant, device: [*merchant, *device], *[st.one_of(known, known, unknowns)] * 2)
+records = st.one_of(
+    st.builds(
+        lambda sums, days: [*sums, *days],
+        *(st.lists(drawn, min_size=n, max_size=n) for drawn, n in ((wholes, 8), (ages, 2))),
+    ),
+    st.just([UNKNOWN] * len(RECORD)),
+)
+told_rows = st.builds(lambda *parts: [*itertools.chain(*parts)], *[st.one_of(known, known, unknowns)] * 2, records)
 
 
 def to_stream(drawn: Sequence[tuple[str, int, int, int, int, int, int, tuple[int, int]]]) -> Stream:
@@ -191,7 +199,8 @@ def test_oracle_names_every_feature() -> None:
 
 
 def test_oracle_reads_in_the_same_order() -> None:
-    assert READINGS == ORACLE_READINGS and len(NOTHING_TOLD) == WIDTH == len(KINDS) * len(READINGS)
+    assert READINGS == ORACLE_READINGS and RECORD == ORACLE_RECORD
+    assert len(NOTHING_TOLD) == WIDTH and len(KINDS) * len(READINGS) == OWNED
 
 
 @pytest.mark.parametrize("label", COUNT_WINDOWS)

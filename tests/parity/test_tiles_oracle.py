@@ -13,7 +13,19 @@ from hypothesis import strategies as st
 from fraud_nb.domain.money import Rates
 from fraud_nb.domain.schema import Label, Transaction
 from fraud_nb.features.shared import SharedHistory
-from fraud_nb.features.tiles import CHANGE, READINGS, TILE, WIDTH, Changes, Readings, Tiles, changes_of, claim_steps
+from fraud_nb.features.tiles import (
+    CHANGE,
+    OWNED,
+    READINGS,
+    RECORD,
+    TILE,
+    WIDTH,
+    Changes,
+    Readings,
+    Tiles,
+    changes_of,
+    claim_steps,
+)
 from fraud_nb.features.windows import events_of
 from tests.parity.oracle import (
     DAY,
@@ -28,11 +40,19 @@ from tests.parity.oracle import (
     TileOracle,
     is_claimed,
     readings,
+    record,
     tiles,
 )
 
 BASE = 1_767_268_800_000  # noon, 2026-01-01
-EDGES = [0, HOUR, 2 * HOUR, 24 * HOUR, 25 * HOUR, *(days * DAY for days in (2, 14, 15, 30, 31, 59, 60, 61, 62))]
+EDGES = [
+    0,
+    HOUR,
+    2 * HOUR,
+    24 * HOUR,
+    25 * HOUR,
+    *(days * DAY for days in (2, 7, 8, 9, 14, 15, 30, 31, 37, 38, 59, 60, 61, 62)),
+]
 THOROUGH = settings(
     max_examples=400,
     deadline=None,
@@ -132,9 +152,11 @@ def read(kept: Tiles, owners: Sequence[Owners], times: Sequence[int]) -> Reading
 def expected_readings(changes: Sequence[Change], owners: Owners, time: int) -> list[int]:
     """By definition."""
     unknown = [UNKNOWN] * len(READINGS)
-    return [
+    told = [
         number for owner in owners for number in (unknown if owner is None else readings(seen_by(owner, changes), time))
     ]
+    shop, _ = owners
+    return told + ([UNKNOWN] * len(RECORD) if shop is None else record(seen_by(shop, changes), time))
 
 
 def check_tiles(kept: Tiles, changes: Sequence[Change]) -> None:
@@ -211,7 +233,46 @@ def test_nobody_and_nothing_yet() -> None:
     kept = Tiles(rows=8)
     found = read(kept, [(None, None), ("m:x", None), (None, "d:x")], [BASE] * 3).tolist()
     unknown, new = [UNKNOWN] * len(READINGS), [0] * (len(READINGS) - 2) + [UNKNOWN, UNKNOWN]
-    assert found == [unknown + unknown, new + unknown, unknown + new]
+    nobody, blank = [UNKNOWN] * len(RECORD), [0] * (len(RECORD) - 2) + [UNKNOWN, UNKNOWN]
+    assert found == [unknown + unknown + nobody, new + unknown + blank, unknown + new + nobody]
+
+
+Days = list[tuple[int, int, int]]  # age in days, purchases, frauds
+STREAK = RECORD.index("streak")
+
+
+@pytest.mark.parametrize(
+    ("days", "streak"),
+    [
+        ([(8, 1, 0)], (0, 0, UNKNOWN, 8)),
+        ([(3, 2, 0), (7, 1, 0)], (0, 0, UNKNOWN, UNKNOWN)),  # too young to be genuine
+        ([(3, 2, 1), (7, 2, 1), (9, 1, 1)], (3, 30, 9, UNKNOWN)),  # of young days what is known
+        ([(8, 1, 1), (10, 2, 2), (11, 1, 0), (12, 1, 1)], (3, 30, 10, 11)),
+        ([(8, 2, 1), (9, 1, 1)], (0, 0, UNKNOWN, 8)),  # a mixed day ends it and is not part of it
+        ([(60, 1, 1), (61, 1, 0)], (1, 10, 60, UNKNOWN)),
+    ],
+)
+def test_a_streak_ends_where_something_was_genuine(days: Days, streak: tuple[int, ...]) -> None:
+    owners: Owners = ("m:x", None)
+    changes = [
+        Change(BASE - age * DAY, 10, owners, claim)
+        for age, count, frauds in days
+        for number in range(count)
+        for claim in ([0, 1] if number < frauds else [0])
+    ]
+    kept = Tiles(rows=8)
+    kept.apply(compiled(kept, changes))
+    assert tuple(read(kept, [owners], [BASE])[0, OWNED + STREAK :].tolist()) == streak
+
+
+@pytest.mark.parametrize(("days", "within"), [(1, 24), (7, 7 * 24), (30, 30 * 24)])
+@pytest.mark.parametrize("hour", [0, 1, 23])
+def test_a_mature_window_is_as_long_as_its_name_says(days: int, within: int, hour: int) -> None:
+    """One purchase a day: as many 24ths as the window has hours."""
+    kept, owners = Tiles(rows=8), ("m:x", None)
+    kept.apply(compiled(kept, [Change(MIDNIGHT - age * DAY, 10, owners, 0) for age in range(60)]))
+    found = read(kept, [owners], [MIDNIGHT + hour * HOUR])[0, OWNED:]
+    assert found[RECORD.index(f"mature_{days}d")] == within
 
 
 def test_all_hours_and_days_beside_a_neighbour() -> None:
@@ -275,7 +336,7 @@ def expected(stream: Sequence[Bought]) -> list[list[int]]:
 
 def differences(found: Readings, wanted: Sequence[Sequence[int]]) -> list[tuple[int, str, int, int]]:
     """Row, reading, found, wanted: what a failure should say."""
-    names = [f"{kind} {name}" for kind in ("merchant", "device") for name in READINGS]
+    names = [*(f"{kind} {name}" for kind in ("merchant", "device") for name in READINGS), *RECORD]
     return [
         (row, name, one, other)
         for row, (mine, theirs) in enumerate(zip(found.tolist(), wanted, strict=True))
@@ -346,7 +407,7 @@ def test_a_late_purchase_is_read_by_the_clock() -> None:
     """It is accepted when the newest before it was, whatever its own time says."""
     moments = [5_000, -2 * DAY, 5_999, 6_000]
     stream = [Bought(BASE + moment, 10, (None, "d:x"), ((BASE - DAY, True),)) for moment in moments]
-    found = run(SharedHistory(), stream)[:, len(READINGS) :]
+    found = run(SharedHistory(), stream)[:, len(READINGS) : OWNED]
     assert found[:, READINGS.index("count_30d")].tolist() == [0, 0, 0, 3]
     assert found[:, READINGS.index("frauds_30d")].tolist() == [0, 0, 0, 3]
 
@@ -414,7 +475,8 @@ def test_many_owners_in_a_tiny_arena() -> None:
 
 def columns(found: Readings) -> dict[str, npt.NDArray[np.int64]]:
     """The readings of merchants by name."""
-    return {name: found[:, place] for place, name in enumerate(READINGS)}
+    of_shops = np.hstack([found[:, : len(READINGS)], found[:, OWNED:]])
+    return {name: of_shops[:, place] for place, name in enumerate((*READINGS, *RECORD))}
 
 
 def test_absurd_amounts_do_not_wrap() -> None:

@@ -121,7 +121,7 @@ async def read_body(
         raise Refused(408, "too_slow", "message", f"the whole body within {deadline_s:g} s", _CLOSE) from None
     return bytes(body)
 
-
+# %% ../../nbs/74_door.ipynb #af299170
 LINGER_S, LINGER_BYTES = 2.0, 1 << 24
 
 

@@ -119,7 +119,7 @@ def prediction(
         (("source", source),),
     )
 
-
+# %% ../../nbs/51_stream.ipynb #af2b89bf
 def letters_of(
     refused: Sequence[tuple[Record, InvalidInput]],
 ) -> list[DeadLetter]:
@@ -142,12 +142,14 @@ def dead_letter(
         ("field", field_name.encode()),
         ("reason", reason.encode()),
     )
-    size = sum(len(part or b"") for part in (record.key, record.value, *(value for _, value in record.headers)))
-    if size > LARGEST_RECORD:  # somebody else's topic accepts more than our dead letters do
+    parts = (part for name, value in record.headers for part in (name.encode(), value))
+    if (
+        sum(map(len, (record.key or b"", record.value or b"", *parts))) > LARGEST_RECORD
+    ):  # somebody else's topic accepts more than our dead letters do
         return Outgoing(DEAD_LETTERS, record.partition, None, None, (*why, ("left_out", b"the record: too large")))
     return Outgoing(DEAD_LETTERS, record.partition, record.key, record.value, (*record.headers, *why))
 
-
+# %% ../../nbs/51_stream.ipynb #98e9d00f
 def predictions(
     rows: Sequence[Logged],
 ) -> list[Outgoing]:

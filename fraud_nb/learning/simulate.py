@@ -306,7 +306,7 @@ def lax_shops(world: World, town: Population, day: int) -> Integers:
     turns = [(day + 14 * shop // count) // 14 for shop in range(count)]  # they take turns, not all on one day
     return np.array([_rng(world, turn, 20 + shop).integers(first, end) for shop, turn in enumerate(turns)])
 
-
+# %% ../../nbs/30_simulate.ipynb #97a921e6
 def _episodes(world: World, town: Population, day: int, code: int) -> npt.NDArray[np.void]:
     """Purchases of all episodes of one scenario that start on one day, unordered."""
     kind, rng = SCENARIOS[code], _rng(world, day, 10 + code)

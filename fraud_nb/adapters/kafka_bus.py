@@ -24,6 +24,7 @@ from kafka.record.memory_records import MemoryRecordsBuilder
 from kafka.structs import ConsumerGroupMetadata, OffsetAndMetadata
 
 from .ports import BusUnavailable, Fenced, OffsetGap, Outgoing, Record
+from ..domain.failpoint import failpoint
 from ..domain.machine import compiled
 
 # %% ../../nbs/44_kafka_bus.ipynb #1786a656
@@ -409,6 +410,7 @@ class _Producer:
                 producer.send(topic, value=value, key=key, headers=list(headers))
         if offsets:
             producer.send_offsets_to_transaction(offsets, identity)
+        failpoint("publishing")
         producer.commit_transaction()
 
 # %% ../../nbs/44_kafka_bus.ipynb #036d27da

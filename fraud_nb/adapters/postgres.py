@@ -26,6 +26,7 @@ from psycopg2.extensions import encrypt_password
 from psycopg2.extras import execute_values
 
 from .ports import Fenced, StoreUnavailable
+from ..domain.failpoint import failpoint
 from ..domain.schema import Label, Outcome, Reason, Transaction
 
 # %% ../../nbs/43_postgres.ipynb #be96dc1b
@@ -653,6 +654,7 @@ class PostgresLog(LogWriter):
                         raise AlreadyDecided("transaction_id: another record has given the decision its offset")
                 execute_values(cursor, "INSERT INTO dead_letters VALUES %s", batch.dead_letters)
                 execute_values(cursor, "INSERT INTO repeats VALUES %s", batch.repeats)
+                failpoint("committing")
         except psycopg2.errors.UniqueViolation as error:
             raise AlreadyDecided("transaction_id: decided meanwhile") from error
 

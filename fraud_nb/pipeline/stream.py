@@ -38,6 +38,7 @@ from fraud_nb.adapters.postgres import (
 )
 from ..decision.judge import Model, judge
 from ..decision.reasons import reasons
+from ..domain.failpoint import failpoint
 from ..domain.money import Rates
 from fraud_nb.domain.schema import (
     Decision,
@@ -54,7 +55,7 @@ from ..features.fold import fold
 from ..features.profile import Profiles, StateCodecError
 from ..features.tiles import Readings, Tiles
 from ..features.windows import MINUTE_MS, Events, events_of
-from .sharing import Sharing, close_version, failpoint, told_now
+from .sharing import Sharing, close_version, told_now
 
 # %% ../../nbs/51_stream.ipynb #424dd032
 FUTURE_MS = 5 * MINUTE_MS  # shops' clocks run a little fast
@@ -489,6 +490,7 @@ def publish_again(
             outgoing += predictions(page)
         for offset, field_name, reason in worker.log.read_dead_letters(partition, first, stop):
             outgoing.append(dead_letter(mine[offset], field_name, reason))
+    failpoint("publishing-again")
     worker.sink.publish(outgoing, next_offsets(records), worker.source.generation())
 
 # %% ../../nbs/51_stream.ipynb #30a3f63d
@@ -500,6 +502,7 @@ def decide_records(
     lap = Stopwatch(worker.counts.stage_s, worker.clock_ns)
     admitted, refused = admit(records, worker.default_currency, worker.partitions, worker.partitioner)
     lap("decode")
+    failpoint("decoded")
     known = worker.log.known([transaction.transaction_id for _, transaction in admitted])
     arrivals, repeats = split_repeats(admitted, known)
     early = given_places(worker.log, arrivals)

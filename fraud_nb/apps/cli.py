@@ -35,6 +35,7 @@ from fraud_nb.adapters.postgres import (
     HistoryLoader,
     LogOverview,
     LogReader,
+    OtherTopic,
     SchemaMismatch,
     let_in,
     migrate,
@@ -66,9 +67,9 @@ from ..pipeline.verify import verify
 
 # %% ../../nbs/79_cli.ipynb #e2820290
 FAILURES = (
-    servers.ServerError, Unavailable, SchemaMismatch, WrongPartitionCount, OffsetGap, BundleError, EvictingStore,
-    AlreadyLive, AlreadyDecided, NoSuchModel, NothingToRollBackTo, NothingToReplay, JobFailed, InvalidFile, DemoFailed,
-    Taken, OSError,
+    servers.ServerError, Unavailable, SchemaMismatch, WrongPartitionCount, OffsetGap, OtherTopic, BundleError,
+    EvictingStore, AlreadyLive, AlreadyDecided, NoSuchModel, NothingToRollBackTo, NothingToReplay, JobFailed,
+    InvalidFile, DemoFailed, Taken, OSError,
 )  # fmt: skip
 WRONG_USAGE = (InvalidSetting, InvalidParameter, InvalidMap)
 
@@ -333,7 +334,7 @@ def command_stream(settings: Settings, arguments: argparse.Namespace) -> int:
         aside("labels", lambda: take_in(intake, timeout_s=0.5), ended, log),
         aside("shared versions", lambda: share(worker, ended.wait), ended, log),
     )
-    run(worker, stop_when(worker, arguments.until_idle), time.sleep, life.turn)
+    run(worker, stop_when(worker, arguments.until_idle), time.sleep, life.turn, log.warning)
     ended.set()
     for thread in asides:
         thread.join(5)

@@ -7,7 +7,8 @@ __all__ = ['FUTURE_MS', 'Partitioner', 'FASTEST_MS', 'GROWTH', 'BINS', 'STAGES',
            'hash_of', 'admit', 'prediction', 'letters_of', 'dead_letter', 'predictions', 'Latencies', 'Counts', 'count',
            'Advice', 'advice_of', 'sent_ns', 'clock_in', 'Stopwatch', 'Worker', 'next_offsets', 'Arrival',
            'split_repeats', 'recall', 'events_of_rows', 'roll_forward', 'judgements_of', 'decide', 'given_places',
-           'take_over', 'publish_again', 'decide_records', 'step', 'warm_up', 'run']
+           'take_over', 'publish_again', 'step_over', 'is_new', 'decide_batch', 'decide_records', 'step', 'warm_up',
+           'run']
 
 # %% ../../nbs/51_stream.ipynb #db8812d0
 import gc
@@ -23,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..adapters.kafka_bus import DEAD_LETTERS, PREDICTIONS, murmur2_partitions
-from ..adapters.ports import Fenced, Outgoing, Record, Sink, Source, StateStore, Unavailable
+from ..adapters.ports import Fenced, OffsetGap, Outgoing, Record, Sink, Source, StateStore, Unavailable
 from fraud_nb.adapters.postgres import (
     AlreadyDecided,
     Batch,
@@ -35,6 +36,7 @@ from fraud_nb.adapters.postgres import (
     Place,
     PostgresLog,
     Repeat,
+    Unstorable,
 )
 from ..decision.judge import Model, judge
 from ..decision.reasons import reasons
@@ -201,6 +203,7 @@ class Counts:
     advised: int = 0  # answered over HTTP while the log was away
     advised_otherwise: int = 0  # and decided otherwise here
     restarts: int = 0  # returns to step 1 of the protocol
+    gone: int = 0  # records that retention took before anybody read them
     outcomes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(Outcome, 0))
     latencies: Latencies = field(default_factory=Latencies)  # of the records that say when they were sent
     state_lag: Latencies = field(default_factory=Latencies)  # of each decision: from its commit to Redis
@@ -308,6 +311,7 @@ class Worker:
     # Memory, worth nothing after an error: the log knows better.
     generation: int | None = None  # of the group, when the claims below were made
     claims: dict[int, Claim] = field(default_factory=dict)
+    published: dict[int, int] = field(default_factory=dict)  # offset of each partition, exclusive
     profiles: Profiles = field(default_factory=Profiles)
     feature_set: str = ""
 
@@ -471,7 +475,11 @@ def take_over(worker: Worker) -> None:
         logged = worker.claims[partition].next_offset
         roll_forward(worker.log, worker.store, worker.profiles, partition, logged)
         failpoint("rolled-forward")
-        worker.source.seek(partition, min(worker.source.committed(partition), logged))
+        worker.published[partition] = worker.source.committed(partition)
+        try:
+            worker.source.seek(partition, min(worker.published[partition], logged))
+        except OffsetGap as gap:
+            step_over(worker, gap)
     if worker.sharing is not None and 0 in worker.claims:
         close_version(worker.sharing, worker.claims[0].epoch)
     worker.generation = generation
@@ -491,18 +499,48 @@ def publish_again(
         for offset, field_name, reason in worker.log.read_dead_letters(partition, first, stop):
             outgoing.append(dead_letter(mine[offset], field_name, reason))
     failpoint("publishing-again")
-    worker.sink.publish(outgoing, next_offsets(records), worker.source.generation())
+    following = next_offsets(records)
+    worker.sink.publish(outgoing, following, worker.source.generation())
+    worker.published.update(following)
+
+# %% ../../nbs/51_stream.ipynb #c3d45c38
+def step_over(
+    worker: Worker,
+    gap: OffsetGap,
+) -> None:
+    """Go on behind records that are gone; raises the OffsetGap again where the topic was made anew."""
+    partition, claim = gap.partition, worker.claims[gap.partition]
+    if gap.available < gap.wanted:
+        raise gap
+    known = worker.log.read(partition, gap.wanted, min(gap.available, claim.next_offset))
+    outgoing = [each for page in known for each in predictions(page)]
+    if gap.available > claim.next_offset:
+        worker.log.skip(partition, claim, gap.available)
+        worker.store.save({partition: (claim.next_offset, gap.available)}, {})
+        worker.counts.gone += gap.available - claim.next_offset
+        worker.claims[partition] = Claim(claim.epoch, gap.available)
+    reached = {partition: max(gap.available, worker.published[partition])}
+    worker.sink.publish(outgoing, reached, worker.source.generation())
+    worker.published.update(reached)
+    worker.source.seek(partition, gap.available)
+
+# %% ../../nbs/51_stream.ipynb #09842e54
+def is_new(
+    worker: Worker,
+    record: Record,
+) -> bool:
+    """Whether its decision is not published yet: a log that was set back decides again what readers have read."""
+    return record.offset >= worker.published[record.partition]
 
 # %% ../../nbs/51_stream.ipynb #30a3f63d
-def decide_records(
+def decide_batch(
     worker: Worker,
-    records: Sequence[Record],  # at or above the log's next_offset
+    records: Sequence[Record],  # at or above the log's next_offset, and sorted:
+    admitted: Sequence[tuple[Record, Transaction]],
+    refused: Sequence[tuple[Record, InvalidTransaction]],
 ) -> None:
-    """One decision for each new transaction; committed first, then projected."""
+    """One decision for each new transaction; committed first, then projected. Raises Unstorable."""
     lap = Stopwatch(worker.counts.stage_s, worker.clock_ns)
-    admitted, refused = admit(records, worker.default_currency, worker.partitions, worker.partitioner)
-    lap("decode")
-    failpoint("decoded")
     known = worker.log.known([transaction.transaction_id for _, transaction in admitted])
     arrivals, repeats = split_repeats(admitted, known)
     early = given_places(worker.log, arrivals)
@@ -544,12 +582,37 @@ def decide_records(
     lap("save")
     failpoint("saved")
     rows = early | dict(zip(fresh, decided, strict=True))
-    letters = [dead_letter(record, error.field, error.reason) for record, error in refused]
-    outgoing = [*predictions([rows[index] for index in range(len(arrivals))]), *letters]
-    worker.sink.publish(outgoing, following, worker.source.generation())
+    letters = [dead_letter(record, error.field, error.reason) for record, error in refused if is_new(worker, record)]
+    told_first = [rows[index] for index, arrival in enumerate(arrivals) if is_new(worker, arrival.record)]
+    reached = {partition: max(offset, worker.published[partition]) for partition, offset in following.items()}
+    worker.sink.publish([*predictions(told_first), *letters], reached, worker.source.generation())
+    worker.published.update(reached)
     lap("publish")
     failpoint("published")
     worker.claims.update({p: Claim(before[p].epoch, offset) for p, offset in following.items()})
+
+# %% ../../nbs/51_stream.ipynb #7572e9db
+def decide_records(
+    worker: Worker,
+    records: Sequence[Record],  # at or above the log's next_offset
+) -> None:
+    """Decide them together, or, where the log refuses one of them, all but that one."""
+    lap = Stopwatch(worker.counts.stage_s, worker.clock_ns)
+    admitted, refused = admit(records, worker.default_currency, worker.partitions, worker.partitioner)
+    lap("decode")
+    failpoint("decoded")
+    try:
+        decide_batch(worker, records, admitted, refused)
+    except Unstorable:
+        worker.profiles = Profiles()  # they have learned what was not committed
+        if len(records) == 1:
+            why = InvalidTransaction(
+                "transaction", "not_storable", "the log refused to store it, for reasons of its own"
+            )
+            return decide_batch(worker, records, [], [(records[0], why)])
+        middle = len(records) // 2
+        decide_records(worker, records[:middle])
+        decide_records(worker, records[middle:])
 
 # %% ../../nbs/51_stream.ipynb #5d8ae694
 def step(
@@ -558,7 +621,11 @@ def step(
 ) -> int:  # records dealt with
     """Steps 1 to 8, once; raises Fenced, AlreadyDecided or Unavailable, after which it may simply be called again."""
     try:
-        records = worker.source.poll(timeout_s, worker.batch_size)
+        try:
+            records = worker.source.poll(timeout_s, worker.batch_size)
+        except OffsetGap:  # retention is faster than we are; the next seek says how far it came
+            take_over(worker)
+            return 0
         if worker.source.generation() != worker.generation:
             if worker.source.assigned():  # else we wait for the group to give us something
                 take_over(worker)
@@ -593,9 +660,8 @@ def run(
     worker: Worker,
     stopping: Callable[[], bool],  # asked before every turn
     pause: Callable[[float], None],  # seconds; how to wait before trying again
-    between: Callable[[], None] = lambda: (
-        None
-    ),  # what else is to be done before every turn, such as exchanging the model
+    between: Callable[[], None] = lambda: None,  # what else is due before every turn, such as exchanging the model
+    tell: Callable[[str], object] = lambda why: None,  # why it begins again at 1
 ) -> None:
     """Work until told to stop; servers may go and come back."""
     warm_up(worker.model, worker.partitioner)
@@ -604,5 +670,6 @@ def run(
         try:
             between()
             step(worker)
-        except (Fenced, AlreadyDecided, Unavailable):
+        except (Fenced, AlreadyDecided, Unavailable) as error:
+            tell(f"decisions: {error}")
             pause(0.5)

@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dashboard bento bench export lab test clean
+.PHONY: help setup demo dashboard bento bench faults export lab test clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -37,6 +37,9 @@ dashboard: setup ## the analyst's desk on loopback, beside the demo or a stream 
 
 bench: setup ## the worker beside a record-at-a-time pipeline, on the same servers (some minutes)
 	@$(BIN)/python -m tests.bench.bench
+
+faults: setup ## pull every plug, and prove that nothing is lost or twice (SEEDS=20 ONLY=1,5; goes on where it stopped)
+	@$(BIN)/python -m tests.faults.run --seeds $(or $(SEEDS),3) --only "$(ONLY)"
 
 bento: setup ## package the prediction service with the champion inside, for `bentoml serve`
 	@$(BIN)/fraud bento

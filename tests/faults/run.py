@@ -37,7 +37,8 @@ def play(each: Play, seed: int, model: Path, size: int) -> dict[str, Any]:
     with stage(model, f"{each.number}:{seed}", size) as where:
         try:
             each.play(where)
-            where.check()
+            if each.checks:
+                where.check()
         except NotRun:
             raise
         except BaseException:

@@ -32,13 +32,13 @@ from fraud_nb.adapters.kafka_bus import (
     create_topics,
     read_topic,
 )
-from fraud_nb.adapters.ports import SHARED
+from fraud_nb.adapters.ports import SHARED, Record
 from fraud_nb.adapters.postgres import migrate
 from fraud_nb.adapters.servers import Addresses, find, servers, up
 from fraud_nb.apps.cli import main
 from fraud_nb.features.catalogue import FEATURE_NAMES
 from tests.conftest import quiet, running_servers
-from tests.e2e.stream_kit import MAIN, hostile_labels, hostile_stream
+from tests.e2e.stream_kit import MAIN, hostile_labels, hostile_stream, produce
 from tests.faults.proxy import Proxy
 from tests.faults.truth import Found, Truth, check, label_in
 
@@ -97,13 +97,21 @@ class Stage:
     proxies: tuple[Proxy, Proxy, Proxy]  # in front of KAFKA, REDIS and POSTGRES
     environment: dict[str, str]  # of a worker: it sees the proxies only
     model: Path
-    rng: random.Random
+    rng: random.Random  # of the fault
+    stream: random.Random  # of what is sent: in a thread of its own, so that a seed plays the same again
     size: int  # purchases that one flow sends
     purchases: int = 0
     sent: int = 0
     settled_s: float = 0.0  # how long it took, after the fault, until all was dealt with
     workers: list[Worker] = field(default_factory=list)
     gaps: list[tuple[int, int, int]] = field(default_factory=list)  # that there must be
+    kept: list[Record] = field(default_factory=list)  # of the topic, from before something was taken from it
+    follows_ledger: bool = False  # which has the models; else workers are given the one
+    is_set_back: bool = False  # the log: what readers were told first may differ from what it says now
+
+    def with_model(self) -> list[str]:
+        """Options of a command that needs models."""
+        return [] if self.follows_ledger else ["--model", str(self.model)]
 
     def start(self, failpoint: str = "", **more: str) -> Worker:
         """A worker; it need not be ready yet."""
@@ -113,7 +121,7 @@ class Stage:
         crash = {"FRAUD_FAILPOINT": failpoint} if failpoint else {}
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [*command, "--model", str(self.model)],
+                [*command, *self.with_model()],
                 env={**kept, **self.environment, **crash, **more},
                 stderr=file,
                 stdout=subprocess.DEVNULL,
@@ -146,9 +154,9 @@ class Stage:
             producer = KafkaProducer(bootstrap_servers=self.direct.kafka, linger_ms=5)
             futures, enough = [], self.purchases + self.size
             while self.purchases < enough or not ended.is_set():
-                chunk = hostile_stream(self.rng, self.purchases, PIECE)
+                chunk = hostile_stream(self.stream, self.purchases, PIECE)
                 self.purchases += PIECE
-                labels = hostile_labels(self.rng, self.purchases, PIECE // 5)
+                labels = hostile_labels(self.stream, self.purchases, PIECE // 5)
                 for topic, records in ((TRANSACTIONS, chunk), (LABELS, labels)):
                     for partition, key, value in records:
                         futures.append(producer.send(topic, key=key, value=value, partition=partition))
@@ -160,12 +168,17 @@ class Stage:
         except BaseException as error:  # handed to whoever waits for us
             raised.append(error)
 
-    def kill_server(self, number: int) -> None:
-        """`kill -9`; it is down until `servers_up`."""
+    def also_send(self, records: Sequence[tuple[int, bytes, bytes | None]]) -> None:
+        """Records beside the flow."""
+        produce(self.direct.kafka, list(records))
+        self.sent += len(records)
+
+    def kill_server(self, number: int, how: signal.Signals = signal.SIGKILL) -> None:
+        """It is down until `servers_up`."""
         server = servers(self.home)[number]
         pid = find(server)
         assert pid is not None, f"{server.name} does not run"
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, how)
         until(lambda: find(server) is None, f"{server.name} is gone")
 
     def servers_up(self) -> None:
@@ -242,22 +255,26 @@ class Stage:
             "FRAUD_POSTGRES": self.direct.postgres,
         }
         with contextlib.redirect_stderr(said):
-            code = main(["verify", "--model", str(self.model)], environment)
+            code = main(["verify", *self.with_model()], environment)
         assert code == 0 and "verify: 0 mismatches" in said.getvalue(), said.getvalue()
         truth = self.truth()
-        assert len(truth.ids) + len(truth.dead) + len(truth.repeats) + self.lost() == self.sent, (
-            "the topic lost records"
-        )
-        check(truth, self.found(), self.gaps, seed=self.rng.randrange(1 << 30))
+        gone = sum(stop - start for _, start, stop in self.gaps)
+        assert len(truth.ids) + len(truth.dead) + len(truth.repeats) + gone == self.sent, "the topic lost records"
+        check(truth, self.found(), self.gaps, not self.is_set_back, seed=self.rng.randrange(1 << 30))
 
-    def lost(self) -> int:
-        """Records that were taken from the topic on purpose."""
-        return sum(stop - start for _, start, stop in self.gaps)
+    def keep(self) -> None:
+        """Remember what the topic holds: some of it will be gone."""
+        self.kept = read_topic(self.direct.kafka, TRANSACTIONS)
 
     def truth(self) -> Truth:
         """What the topics say there must be."""
         truth = Truth()
-        for record in read_topic(self.direct.kafka, TRANSACTIONS):
+        records = {(each.partition, each.offset): each for each in read_topic(self.direct.kafka, TRANSACTIONS)}
+        gone = {(part, offset) for part, start, stop in self.gaps for offset in range(start, stop)}
+        for each in self.kept:
+            if (each.partition, each.offset) not in gone:
+                records.setdefault((each.partition, each.offset), each)
+        for _, record in sorted(records.items()):
             truth.learn(record, (murmur2(record.key or b"") & 0x7FFFFFFF) % PARTITIONS)
         truth.claims = [label_in(record.value) for record in read_topic(self.direct.kafka, LABELS)]
         return truth
@@ -282,7 +299,7 @@ class Stage:
             progress,
             {version: (ends_then, labels, clock) for version, ends_then, labels, clock in versions},
             int(self.rows("SELECT count(*) FROM labels")[0][0]),
-            [],
+            self.rows("SELECT partition, start, stop FROM gaps ORDER BY 1, 2"),
             committed,
             ends,
             read_topic(self.direct.kafka, PREDICTIONS),
@@ -334,7 +351,16 @@ def stage(model: Path, seed: str, size: int) -> Iterator[Stage]:
             "FRAUD_REDIS": moved(direct.redis, proxies[REDIS].port),
             "FRAUD_POSTGRES": moved(direct.postgres, proxies[POSTGRES].port),
         }
-        made = Stage(running.home, direct, proxies, environment, model, random.Random(seed), size)
+        made = Stage(
+            running.home,
+            direct,
+            proxies,
+            environment,
+            model,
+            random.Random(seed),
+            random.Random(f"{seed}:stream"),
+            size,
+        )
         try:
             yield made
         finally:

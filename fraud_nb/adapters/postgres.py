@@ -966,8 +966,8 @@ def nothing_yet(
 class VersionReader(Session):
     """The shared versions, and the purchases within them."""
 
-    def _one(self, query: str, values: Mapping[str, object]) -> SharedVersion | None:
-        with self._transaction(CLOSING_S) as cursor:
+    def _one(self, query: str, values: Mapping[str, object], patience_s: int | None = None) -> SharedVersion | None:
+        with self._transaction(patience_s) as cursor:
             cursor.execute(query, values)
             row = cursor.fetchone()
             return None if row is None else SharedVersion(row[0], tuple(row[1]), *row[2:])
@@ -1048,14 +1048,18 @@ def bounds_of(older: SharedVersion, newer: SharedVersion) -> dict[str, object]:
 class VersionLog(VersionReader):
     """The shared versions, for the one who closes them."""
 
-    def __init__(self, dsn: str) -> None:
-        super().__init__(dsn, role="fraud_writer")
+    def __init__(
+        self,
+        dsn: str,
+        patience_s: int = 30,  # of one transaction
+    ) -> None:
+        super().__init__(dsn, "fraud_writer", patience_s)
 
     def close_next(self, last: SharedVersion) -> SharedVersion | None:
         """The next version; None if nothing has moved since the last. Raises Fenced: somebody else has closed it."""
         known = last._asdict() | {"version": last.version + 1, "progress": list(last.progress)}
         try:
-            return self._one(_CLOSE, known)
+            return self._one(_CLOSE, known, CLOSING_S)
         except psycopg2.errors.UniqueViolation:
             raise Fenced(f"shared version {last.version + 1}: another worker has closed it") from None
 

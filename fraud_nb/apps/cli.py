@@ -47,7 +47,17 @@ from .checks import findings
 from .dashboard import dashboard_command, dashboard_environment
 from .demo import Demo, DemoFailed, demo
 from .metrics import WorkerCollector, log_to, serve_metrics, status
-from .parts import model_in, open_feed, open_intake, open_shelf, open_worker, partitioner_of, say, say_over
+from fraud_nb.apps.parts import (
+    WORKER_PATIENCE_S,
+    model_in,
+    open_feed,
+    open_intake,
+    open_shelf,
+    open_worker,
+    partitioner_of,
+    say,
+    say_over,
+)
 from .work import Hourglass, Life, Reporter, aside, share
 from ..decision.bundle import BundleError
 from ..domain.config import InvalidSetting, Settings
@@ -316,7 +326,7 @@ def command_stream(settings: Settings, arguments: argparse.Namespace) -> int:
     log = log_to(logging.StreamHandler(sys.stderr))
     fixed = model_in(arguments.model) if arguments.model else None
     found = addresses_of(settings, say)
-    champion = None if fixed else Champion(Shelf(LedgerReader(found.postgres)), log.error)
+    champion = None if fixed else Champion(Shelf(LedgerReader(found.postgres, patience_s=WORKER_PATIENCE_S)), log.error)
     model = champion.current(None, time.monotonic()) if champion else fixed
     if model is None:
         refused = champion is not None and champion.refused is not None

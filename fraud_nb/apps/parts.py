@@ -98,7 +98,7 @@ def open_worker(
         Rates(settings.base_currency),
         settings.default_currency,
         partitioner_of(settings),
-        Sharing(VersionLog(found.postgres), store, settings.partitions),
+        Sharing(VersionLog(found.postgres, WORKER_PATIENCE_S), store, settings.partitions),
     )
 
 # %% ../../nbs/70_parts.ipynb #2ecf4197

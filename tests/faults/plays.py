@@ -21,7 +21,7 @@ from fraud_nb.adapters.ledger import Ledger
 from fraud_nb.adapters.servers import servers
 from fraud_nb.domain.schema import encode
 from tests.e2e.stream_kit import NOON, purchase, small_model
-from tests.faults.proxy import asks, commits_decisions
+from tests.faults.proxy import Trouble, asks, commits_decisions
 from tests.faults.stage import KAFKA, PIECE, POSTGRES, REDIS, NotRun, Stage, until
 
 STEPS = ("decoded", "decided", "committing", "committed", "saved", "publishing", "published", "version-closed")
@@ -326,13 +326,18 @@ def all_connections(postgres: str) -> Iterator[psycopg2.extensions.connection]:
 @fault(17, "Kafka: half an answer, then nothing or the end", thorough=True)
 def kafka_half_answers(stage: Stage) -> None:
     stage.ready()
+    wire = stage.proxies[KAFKA]
+    troubles: list[Trouble] = ["half", "torn"]
     with stage.flow():
-        for trouble in ("half", "torn"):
+        for trouble in troubles:
             some_way(stage)
-            kind = stage.rng.choice((FETCH, END_OF_TRANSACTION))
-            stage.proxies[KAFKA].arm(asks(kind), trouble, stage.rng.randint(1, 3))  # type: ignore[arg-type]
-            until(stage.proxies[KAFKA].struck.is_set, "half an answer")
+            wire.arm(asks(stage.rng.choice((FETCH, END_OF_TRANSACTION))), trouble, stage.rng.randint(1, 3))
+            until(wire.struck.is_set, "half an answer")
             some_way(stage, 90)  # nobody helps: the worker's own deadlines must
+        wire.is_deaf = True
+        time.sleep(stage.rng.uniform(1, 15))
+        wire.is_deaf = False
+        some_way(stage, 90)
     stage.settle()
 
 

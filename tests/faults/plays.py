@@ -27,6 +27,18 @@ from tests.faults.stage import KAFKA, PIECE, POSTGRES, REDIS, NotRun, Stage, unt
 STEPS = ("decoded", "decided", "committing", "committed", "saved", "publishing", "published", "version-closed")
 RECOVERY = ("claimed", "rolled-forward", "publishing-again", "wiped", "rolling", "building")
 FETCH, END_OF_TRANSACTION = 1, 26  # Kafka's numbers for these requests
+POISON = (
+    b"",
+    b"\0",
+    b"\xff\xfe\x00",
+    b"[" * 100_000,
+    b"[]",
+    b"null",
+    b'{"transaction_id":',
+    b"{}{}",
+    b"1" * 5_000,
+    None,
+)
 
 
 @dataclass(frozen=True)
@@ -54,9 +66,56 @@ def fault(number: int, title: str, *, thorough: bool = False, checks: bool = Tru
     return register
 
 
-def killed(stage: Stage, failpoint: str, deadline_s: float = 60) -> None:
+def killed(stage: Stage, failpoint: str) -> None:
     """A worker that must die at this point."""
-    assert stage.start(failpoint).wait_for_end(deadline_s) == -signal.SIGKILL, stage.workers[-1].last_words()
+    assert stage.start(failpoint).wait_for_end() == -signal.SIGKILL, stage.workers[-1].last_words()
+
+
+def is_asleep(pid: int) -> bool:
+    """Whether the process is stopped."""
+    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        return file.read().rpartition(") ")[2].startswith("T")
+
+
+def some_way(stage: Stage) -> None:
+    """Let the workers come some way further."""
+    goal = stage.decided() + stage.rng.randint(PIECE, max(PIECE, stage.size // 4))
+    until(lambda: stage.decided() >= goal, "the worker goes on")
+
+
+def a_server_killed(stage: Stage, number: int) -> None:
+    """It is killed while a worker works, and comes back."""
+    stage.ready()
+    with stage.flow():
+        some_way(stage)
+        stage.kill_server(number)
+        stage.servers_up()
+    stage.settle()
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
+    """A file system of its own in this new folder."""
+    folder.mkdir(mode=0o700)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=False)
+    if mounted.returncode != 0:
+        raise NotRun("no right to mount a small disk")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def all_connections(postgres: str) -> Iterator[psycopg2.extensions.connection]:
+    """As many as the server gives."""
+    with suppress(psycopg2.OperationalError):
+        while True:
+            yield psycopg2.connect(postgres, connect_timeout=5)
+
+
+def poison(stage: Stage) -> tuple[int, bytes, bytes | None]:
+    """A record that nobody can read, anywhere."""
+    return stage.rng.randrange(4), b"anybody", stage.rng.choice(POISON)
 
 
 @fault(1, "worker killed at a step", thorough=True)
@@ -96,80 +155,7 @@ def zombie(stage: Stage) -> None:
     stage.settle()
 
 
-def is_asleep(pid: int) -> bool:
-    """Whether the process is stopped."""
-    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
-        return file.read().rpartition(") ")[2].startswith("T")
-
-
-@fault(5, "Redis killed under load", thorough=True)
-def redis_killed(stage: Stage) -> None:
-    a_server_killed(stage, REDIS)
-
-
-@fault(10, "PostgreSQL killed under load", thorough=True)
-def postgres_killed(stage: Stage) -> None:
-    a_server_killed(stage, POSTGRES)
-
-
-@fault(16, "Kafka killed under load, or its connections reset", thorough=True)
-def kafka_killed(stage: Stage) -> None:
-    if stage.rng.random() < 0.5:
-        return a_server_killed(stage, KAFKA)
-    stage.ready()
-    with stage.flow():
-        for _ in range(3):
-            some_way(stage)
-            stage.proxies[KAFKA].cut()
-    stage.settle()
-
-
-def some_way(stage: Stage, deadline_s: float = 60) -> None:
-    """Let the workers come some way further."""
-    goal = stage.decided() + stage.rng.randint(50, stage.size // 4)
-    until(lambda: stage.decided() >= goal, "the worker goes on", deadline_s)
-
-
-def a_server_killed(stage: Stage, number: int) -> None:
-    """It is killed while a worker works, and comes back."""
-    stage.ready()
-    with stage.flow():
-        some_way(stage)
-        stage.kill_server(number)
-        stage.servers_up()
-    stage.settle()
-
-
-@fault(7, "Redis emptied")
-def redis_emptied(stage: Stage) -> None:
-    stage.ready()
-    with stage.flow():
-        some_way(stage)
-        stage.redis.flushall()
-    stage.settle()
-
-
-@fault(11, "PostgreSQL commits, and its reply is lost", thorough=True)
-def commit_reply_lost(stage: Stage) -> None:
-    stage.ready()
-    with stage.flow():
-        some_way(stage)
-        stage.proxies[POSTGRES].arm(commits_decisions, "reset", stage.rng.randint(1, 9))
-        until(stage.proxies[POSTGRES].struck.is_set, "a commit without a reply")
-    stage.settle()
-
-
-@fault(18, "Kafka commits a publish, and its reply is lost", thorough=True)
-def publish_reply_lost(stage: Stage) -> None:
-    stage.ready()
-    with stage.flow():
-        some_way(stage)
-        stage.proxies[KAFKA].arm(asks(END_OF_TRANSACTION), stage.rng.choice(("reset", "swallow")), 2)
-        until(stage.proxies[KAFKA].struck.is_set, "a publish without a reply")
-    stage.settle()
-
-
-@fault(4, "rebalance storm: workers come and go")
+@fault(4, "rebalance storm: workers come and go", thorough=True)
 def rebalance_storm(stage: Stage) -> None:
     with stage.flow():
         for _ in range(5):
@@ -182,7 +168,12 @@ def rebalance_storm(stage: Stage) -> None:
     stage.settle()
 
 
-@fault(6, "Redis loses the end of its file")
+@fault(5, "Redis killed under load", thorough=True)
+def redis_killed(stage: Stage) -> None:
+    a_server_killed(stage, REDIS)
+
+
+@fault(6, "Redis loses the end of its file", thorough=True)
 def redis_torn(stage: Stage) -> None:
     stage.ready()
     with stage.flow():
@@ -191,6 +182,15 @@ def redis_torn(stage: Stage) -> None:
         (file,) = (servers(stage.home)[REDIS].data / "appendonlydir").glob("*.incr.aof")
         os.truncate(file, int(file.stat().st_size * stage.rng.uniform(0.3, 1)))
         stage.servers_up()
+    stage.settle()
+
+
+@fault(7, "Redis emptied")
+def redis_emptied(stage: Stage) -> None:
+    stage.ready()
+    with stage.flow():
+        some_way(stage)
+        stage.redis.flushall()
     stage.settle()
 
 
@@ -218,6 +218,21 @@ def redis_silent(stage: Stage) -> None:
         wire.lag_s, wire.is_deaf = 0.0, True
         until(lambda: worker.said("decisions: Redis: TimeoutError"), "the deadline passes")
         wire.is_deaf = False
+    stage.settle()
+
+
+@fault(10, "PostgreSQL killed under load", thorough=True)
+def postgres_killed(stage: Stage) -> None:
+    a_server_killed(stage, POSTGRES)
+
+
+@fault(11, "PostgreSQL commits, and its reply is lost", thorough=True)
+def commit_reply_lost(stage: Stage) -> None:
+    stage.ready()
+    with stage.flow():
+        some_way(stage)
+        stage.proxies[POSTGRES].arm(commits_decisions, "reset", stage.rng.randint(1, 9))
+        until(stage.proxies[POSTGRES].struck.is_set, "a commit without a reply")
     stage.settle()
 
 
@@ -258,19 +273,6 @@ def postgres_disk_full(stage: Stage) -> None:
     data.rmdir()
     aside.rename(data)
     stage.servers_up()
-
-
-@contextmanager
-def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
-    """A file system of its own in this new folder."""
-    folder.mkdir(mode=0o700)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=False)
-    if mounted.returncode != 0:
-        raise NotRun("no right to mount a small disk")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @fault(14, "PostgreSQL restored from an older copy")
@@ -316,11 +318,16 @@ def postgres_contended(stage: Stage) -> None:
     stage.settle()
 
 
-def all_connections(postgres: str) -> Iterator[psycopg2.extensions.connection]:
-    """As many as the server gives."""
-    with suppress(psycopg2.OperationalError):
-        while True:
-            yield psycopg2.connect(postgres, connect_timeout=5)
+@fault(16, "Kafka killed under load, or its connections reset", thorough=True)
+def kafka_killed(stage: Stage) -> None:
+    if stage.rng.random() < 0.5:
+        return a_server_killed(stage, KAFKA)
+    stage.ready()
+    with stage.flow():
+        for _ in range(3):
+            some_way(stage)
+            stage.proxies[KAFKA].cut()
+    stage.settle()
 
 
 @fault(17, "Kafka: half an answer, then nothing or the end", thorough=True)
@@ -333,11 +340,21 @@ def kafka_half_answers(stage: Stage) -> None:
             some_way(stage)
             wire.arm(asks(stage.rng.choice((FETCH, END_OF_TRANSACTION))), trouble, stage.rng.randint(1, 3))
             until(wire.struck.is_set, "half an answer")
-            some_way(stage, 90)  # nobody helps: the worker's own deadlines must
+            some_way(stage)  # nobody helps: the worker's own deadlines must
         wire.is_deaf = True
         time.sleep(stage.rng.uniform(1, 15))
         wire.is_deaf = False
-        some_way(stage, 90)
+        some_way(stage)
+    stage.settle()
+
+
+@fault(18, "Kafka commits a publish, and its reply is lost", thorough=True)
+def publish_reply_lost(stage: Stage) -> None:
+    stage.ready()
+    with stage.flow():
+        some_way(stage)
+        stage.proxies[KAFKA].arm(asks(END_OF_TRANSACTION), stage.rng.choice(("reset", "swallow")), 2)
+        until(stage.proxies[KAFKA].struck.is_set, "a publish without a reply")
     stage.settle()
 
 
@@ -381,33 +398,13 @@ def topic_made_anew(stage: Stage) -> None:
     assert stage.rows("SELECT count(*) FROM decisions") == decided
 
 
-POISON = (
-    b"",
-    b"\0",
-    b"\xff\xfe\x00",
-    b"[" * 100_000,
-    b"[]",
-    b"null",
-    b'{"transaction_id":',
-    b"{}{}",
-    b"1" * 5_000,
-    None,
-)
-
-
 @fault(21, "poison flood: one record in ten")
 def poison_flood(stage: Stage) -> None:
     stage.ready()
     with stage.flow():
         for _ in range(stage.size // PIECE):
-            poison = [stage_poison(stage) for _ in range(PIECE // 8)]
-            stage.also_send(poison)
+            stage.also_send([poison(stage) for _ in range(PIECE // 8)])
     stage.settle()
-
-
-def stage_poison(stage: Stage) -> tuple[int, bytes, bytes | None]:
-    """A record that nobody can read, anywhere."""
-    return stage.rng.randrange(4), b"anybody", stage.rng.choice(POISON)
 
 
 @fault(22, "everything once more, from the future, and on a machine with another date", thorough=True)

@@ -45,7 +45,7 @@ from tests.faults.truth import Found, Truth, check, label_in
 PARTITIONS = 4
 PATIENCE_S = 150.0  # overdue, on two busy cores
 KAFKA, REDIS, POSTGRES = 0, 1, 2  # as `servers` lists them
-PIECE, PIECES_APART_S, TRICKLE_S = 50, 0.03, 0.3  # purchases sent together, so that a worker meets many batches
+PIECE, PIECES_APART_S, TRICKLE_S = 50, 0.03, 1.0  # purchases sent together, so that a worker meets many batches
 
 
 class NotRun(Exception):

@@ -7,8 +7,8 @@ __all__ = ['FUTURE_MS', 'Partitioner', 'FASTEST_MS', 'GROWTH', 'BINS', 'STAGES',
            'hash_of', 'admit', 'prediction', 'letters_of', 'dead_letter', 'predictions', 'Latencies', 'Counts', 'count',
            'Advice', 'advice_of', 'sent_ns', 'clock_in', 'Stopwatch', 'Worker', 'next_offsets', 'Arrival',
            'split_repeats', 'recall', 'events_of_rows', 'roll_forward', 'judgements_of', 'decide', 'given_places',
-           'take_over', 'publish_again', 'step_over', 'is_new', 'decide_batch', 'decide_records', 'step', 'warm_up',
-           'run']
+           'take_over', 'publish_again', 'step_over', 'is_new', 'decide_batch', 'decide_records', 'look_after', 'step',
+           'warm_up', 'run']
 
 # %% ../../nbs/51_stream.ipynb #db8812d0
 import gc
@@ -614,6 +614,15 @@ def decide_records(
         decide_records(worker, records[:middle])
         decide_records(worker, records[middle:])
 
+# %% ../../nbs/51_stream.ipynb #da12919f
+def look_after(
+    worker: Worker,
+) -> None:
+    """Nothing is to be done: see that the stored profiles are still those of the log; raises Fenced."""
+    for partition, claim in worker.claims.items():
+        if worker.store.watermark(partition) != claim.next_offset:
+            raise Fenced(f"the watermark of partition {partition} is not the expected one")
+
 # %% ../../nbs/51_stream.ipynb #5d8ae694
 def step(
     worker: Worker,
@@ -636,6 +645,8 @@ def step(
         ahead = [record for record in records if record.offset >= worker.claims[record.partition].next_offset]
         if ahead:
             decide_records(worker, ahead)
+        if not records:
+            look_after(worker)
         worker.counts.records += len(records)
         return len(records)
     except (Fenced, AlreadyDecided, Unavailable):

@@ -10,7 +10,7 @@ import pytest
 from fraud_nb.adapters import kafka_bus
 from fraud_nb.adapters.kafka_bus import KafkaSource, create_topics, murmur2_partitions, topic_id
 from fraud_nb.adapters.memory import MemorySink, MemorySource, MemoryStateStore
-from fraud_nb.adapters.ports import BusUnavailable, OffsetGap, StoreUnavailable
+from fraud_nb.adapters.ports import BusUnavailable, Fenced, OffsetGap, StoreUnavailable
 from fraud_nb.adapters.postgres import LogReader, OtherTopic, PostgresLog, migrate
 from fraud_nb.adapters.redis_store import RedisStateStore
 from fraud_nb.apps.parts import model_in
@@ -111,6 +111,16 @@ def test_a_log_that_was_set_back_decides_again_and_tells_nobody_twice(worker: Wo
     assert told(worker) == [f"t{number}" for number in range(9)]
     assert [row.offset for page in worker.log.read(HOME, 0, 99) for row in page] == list(range(9))
     assert worker.store.watermark(HOME) == worker.source.committed(HOME) == 9
+
+
+def test_a_store_that_lost_its_content_is_noticed_though_nothing_comes(worker: Worker) -> None:
+    buy(worker, 0, 3)
+    work(worker)
+    worker.store.wipe(HOME)
+    with pytest.raises(Fenced):
+        step(worker, 0)
+    work(worker)
+    assert worker.store.watermark(HOME) == 3 and worker.counts.decided == 3
 
 
 def test_a_log_knows_its_topic(postgres: str) -> None:

@@ -46,6 +46,12 @@ PARTITIONS = 4
 PATIENCE_S = 150.0  # overdue, on two busy cores
 KAFKA, REDIS, POSTGRES = 0, 1, 2  # as `servers` lists them
 PIECE, PIECES_APART_S, TRICKLE_S = 50, 0.03, 1.0  # purchases sent together, so that a worker meets many batches
+# A worker's clock; libfaketime, which shifts that of a whole process, breaks the waiting of kafka-python (EINVAL).
+SKEWED = """
+import time
+now, now_ns = time.time, time.time_ns
+time.time, time.time_ns = lambda: now() + {skew_s}, lambda: now_ns() + {skew_s} * 10**9
+"""
 
 
 class NotRun(Exception):
@@ -113,25 +119,25 @@ class Stage:
         """Options of a command that needs models."""
         return [] if self.follows_ledger else ["--model", str(self.model)]
 
-    def start(self, failpoint: str = "", **more: str) -> Worker:
+    def start(self, failpoint: str = "", skew_s: int = 0) -> Worker:
         """A worker; it need not be ready yet."""
         log = self.home / f"worker-{len(self.workers)}.log"
-        command = [sys.executable, "-c", MAIN, "stream", "--status-every", "0.2"]
+        command = [sys.executable, "-c", SKEWED.format(skew_s=skew_s) + MAIN, "stream", "--status-every", "0.2"]
         kept = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
         crash = {"FRAUD_FAILPOINT": failpoint} if failpoint else {}
         with log.open("wb") as file:
             process = subprocess.Popen(
                 [*command, *self.with_model()],
-                env={**kept, **self.environment, **crash, **more},
+                env={**kept, **self.environment, **crash},
                 stderr=file,
                 stdout=subprocess.DEVNULL,
             )
         self.workers.append(Worker(process, log))
         return self.workers[-1]
 
-    def ready(self, failpoint: str = "", **more: str) -> Worker:
+    def ready(self, skew_s: int = 0) -> Worker:
         """A worker that has claimed its partitions."""
-        worker = self.start(failpoint, **more)
+        worker = self.start(skew_s=skew_s)
         until(lambda: worker.said('"ready"') or worker.process.poll() is not None, "a worker is ready")
         assert worker.process.poll() is None, worker.last_words()
         return worker
@@ -216,12 +222,14 @@ class Stage:
     def is_settled(self) -> bool:
         """Whether everything that was sent is dealt with, and everything that follows from it, too."""
         ends, progress, committed = self.standing()
-        if not ends == progress == committed:
+        store = self.redis
+        stored = {part: int(store.get(f"fraud:{{{part}}}:offset") or 0) for part in range(PARTITIONS)}
+        if not ends == progress == committed == stored:
             return False
         ((labels, version),) = self.rows(
             "SELECT next_offset, (SELECT max(version) FROM shared_versions) FROM label_progress"
         )
-        shared = int(self.redis.get(f"fraud:{{{SHARED}}}:offset") or 0)
+        shared = int(store.get(f"fraud:{{{SHARED}}}:offset") or 0)
         return bool(labels == TopicEnds(self.direct.kafka, LABELS, 10)()[0] and shared == (version or 0))
 
     def settle(self) -> None:

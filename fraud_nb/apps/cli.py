@@ -47,17 +47,7 @@ from .checks import findings
 from .dashboard import dashboard_command, dashboard_environment
 from .demo import Demo, DemoFailed, demo
 from .metrics import WorkerCollector, log_to, serve_metrics, status
-from fraud_nb.apps.parts import (
-    WORKER_PATIENCE_S,
-    model_in,
-    open_feed,
-    open_intake,
-    open_shelf,
-    open_worker,
-    partitioner_of,
-    say,
-    say_over,
-)
+from .parts import model_in, open_feed, open_intake, open_shelf, open_worker, partitioner_of, say, say_over
 from .work import Hourglass, Life, Reporter, aside, share
 from ..decision.bundle import BundleError
 from ..domain.config import InvalidSetting, Settings
@@ -69,7 +59,7 @@ from ..operations.files import InvalidFile, InvalidMap, MappedBatch, check, read
 from ..operations.jobs import InvalidParameter, JobFailed, Value, checked_values, parameters_of, run_job
 from ..operations.produce import Message, Sent, going_on, produce, recorded, shop_town, with_labels
 from ..operations.release import attach_card, promote_model, roll_back
-from ..pipeline.champion import Champion, Shelf
+from ..pipeline.champion import Champion
 from ..pipeline.intake import take_in
 from ..pipeline.replay import NothingToReplay, replay, told
 from ..pipeline.stream import Worker, run
@@ -326,7 +316,7 @@ def command_stream(settings: Settings, arguments: argparse.Namespace) -> int:
     log = log_to(logging.StreamHandler(sys.stderr))
     fixed = model_in(arguments.model) if arguments.model else None
     found = addresses_of(settings, say)
-    champion = None if fixed else Champion(Shelf(LedgerReader(found.postgres, patience_s=WORKER_PATIENCE_S)), log.error)
+    champion = None if fixed else Champion(open_shelf(found, None), log.error)
     model = champion.current(None, time.monotonic()) if champion else fixed
     if model is None:
         refused = champion is not None and champion.refused is not None

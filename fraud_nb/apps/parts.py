@@ -55,6 +55,9 @@ def say_over(line: str) -> None:
         sys.stderr.flush()
 
 # %% ../../nbs/70_parts.ipynb #77c076bf
+WORKER_PATIENCE_S = 10  # with PostgreSQL, before it begins again at the claim
+
+
 def partitioner_of(settings: Settings) -> Partitioner:
     """How a customer chooses a partition."""
     return murmur2_partitions if settings.partitioner == "murmur2" else crc32_partitions
@@ -70,13 +73,10 @@ def open_shelf(
     extra: Model | None,  # a model from a file, which the ledger need not have
 ) -> Shelf:
     """Every model that may have made a decision."""
-    shelf = Shelf(LedgerReader(found.postgres))
+    shelf = Shelf(LedgerReader(found.postgres, patience_s=WORKER_PATIENCE_S))
     if extra is not None:
         shelf.opened[extra.version] = extra
     return shelf
-
-
-WORKER_PATIENCE_S = 10  # with the log, before it begins again at the claim
 
 
 def open_worker(

@@ -654,7 +654,7 @@ def step(
         worker.counts.restarts += 1
         raise
 
-
+# %% ../../nbs/51_stream.ipynb #e24671b4
 def warm_up(model: Model, partitioner: Partitioner) -> None:
     """Read, compile or load what deciding needs, on a purchase of nobody: the first one need not wait for it."""
     feature_set()

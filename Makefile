@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dashboard bento bench bench-quality export lab test clean
+.PHONY: help setup demo dashboard bento bench bench-quality faults export lab test clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,6 +40,9 @@ bench: setup ## the worker beside a record-at-a-time pipeline, on the same serve
 
 bench-quality: setup ## detection quality on the Handbook's payments, beside the book (FOLDS=validation looks at no test week)
 	@$(BIN)/python -m tests.bench.quality
+
+faults: setup ## pull every plug, and prove that nothing is lost or twice (SEEDS=20 ONLY=1,5; goes on where it stopped)
+	@$(BIN)/python -m tests.faults.run --seeds $(or $(SEEDS),3) --only "$(ONLY)"
 
 bento: setup ## package the prediction service with the champion inside, for `bentoml serve`
 	@$(BIN)/fraud bento

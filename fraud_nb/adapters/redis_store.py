@@ -40,6 +40,10 @@ def _unavailable() -> Iterator[None]:
     """What the client or the server may complain about, as StoreUnavailable without values."""
     try:
         yield
+    except redis.OutOfMemoryError:
+        raise StoreUnavailable(
+            "Redis: full (maxmemory): nothing is decided until it has room for the profiles"
+        ) from None
     except redis.RedisError as error:
         raise StoreUnavailable(f"Redis: {type(error).__name__}; read the watermark before trying again") from None
 

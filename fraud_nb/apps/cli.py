@@ -35,6 +35,7 @@ from fraud_nb.adapters.postgres import (
     HistoryLoader,
     LogOverview,
     LogReader,
+    OtherTopic,
     SchemaMismatch,
     let_in,
     migrate,
@@ -58,7 +59,7 @@ from ..operations.files import InvalidFile, InvalidMap, MappedBatch, check, read
 from ..operations.jobs import InvalidParameter, JobFailed, Value, checked_values, parameters_of, run_job
 from ..operations.produce import Message, Sent, going_on, produce, recorded, shop_town, with_labels
 from ..operations.release import attach_card, promote_model, roll_back
-from ..pipeline.champion import Champion, Shelf
+from ..pipeline.champion import Champion
 from ..pipeline.intake import take_in
 from ..pipeline.replay import NothingToReplay, replay, told
 from ..pipeline.stream import Worker, run
@@ -66,9 +67,9 @@ from ..pipeline.verify import verify
 
 # %% ../../nbs/79_cli.ipynb #e2820290
 FAILURES = (
-    servers.ServerError, Unavailable, SchemaMismatch, WrongPartitionCount, OffsetGap, BundleError, EvictingStore,
-    AlreadyLive, AlreadyDecided, NoSuchModel, NothingToRollBackTo, NothingToReplay, JobFailed, InvalidFile, DemoFailed,
-    Taken, OSError,
+    servers.ServerError, Unavailable, SchemaMismatch, WrongPartitionCount, OffsetGap, OtherTopic, BundleError,
+    EvictingStore, AlreadyLive, AlreadyDecided, NoSuchModel, NothingToRollBackTo, NothingToReplay, JobFailed,
+    InvalidFile, DemoFailed, Taken, OSError,
 )  # fmt: skip
 WRONG_USAGE = (InvalidSetting, InvalidParameter, InvalidMap)
 
@@ -337,7 +338,7 @@ def command_stream(settings: Settings, arguments: argparse.Namespace) -> int:
     log = log_to(logging.StreamHandler(sys.stderr))
     fixed = model_in(arguments.model) if arguments.model else None
     found = addresses_of(settings, say)
-    champion = None if fixed else Champion(Shelf(LedgerReader(found.postgres)), log.error)
+    champion = None if fixed else Champion(open_shelf(found, None), log.error)
     model = champion.current(None, time.monotonic()) if champion else fixed
     if model is None:
         refused = champion is not None and champion.refused is not None
@@ -355,7 +356,7 @@ def command_stream(settings: Settings, arguments: argparse.Namespace) -> int:
         aside("labels", lambda: take_in(intake, timeout_s=0.5), ended, log),
         aside("shared versions", lambda: share(worker, ended.wait), ended, log),
     )
-    run(worker, stop_when(worker, arguments.until_idle), time.sleep, life.turn)
+    run(worker, stop_when(worker, arguments.until_idle), time.sleep, life.turn, log.warning)
     ended.set()
     for thread in asides:
         thread.join(5)

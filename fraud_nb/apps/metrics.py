@@ -63,6 +63,7 @@ class WorkerCollector(Collector):
             "fraud_advised_otherwise", "Of these, decided otherwise later", value=counts.advised_otherwise
         )
         yield CounterMetricFamily("fraud_restarts", "Returns to the claim", value=counts.restarts)
+        yield CounterMetricFamily("fraud_gone", "Gone before they were read", value=counts.gone)
         yield _histogram("fraud_latency_seconds", "From the sender's clock to the commit", counts.latencies)
         yield _histogram("fraud_state_lag_seconds", "From the commit to Redis", counts.state_lag)
         yield CounterMetricFamily("fraud_decisions_untold", "Decisions while nothing was shared", value=counts.untold)

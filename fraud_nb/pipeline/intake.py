@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from ..adapters.ports import Fenced, Outgoing, Record, Sink, Source, Unavailable
 from ..adapters.postgres import Claim, LabelBatch, LabelLog
+from ..domain.failpoint import failpoint
 from ..domain.schema import InvalidLabel, Label, decode_label
-from .sharing import failpoint
 from .stream import FUTURE_MS, dead_letter, letters_of
 
 # %% ../../nbs/55_intake.ipynb #b9825da8

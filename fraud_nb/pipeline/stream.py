@@ -7,7 +7,8 @@ __all__ = ['FUTURE_MS', 'Partitioner', 'FASTEST_MS', 'GROWTH', 'BINS', 'STAGES',
            'hash_of', 'admit', 'prediction', 'letters_of', 'dead_letter', 'predictions', 'Latencies', 'Counts', 'count',
            'Advice', 'advice_of', 'sent_ns', 'clock_in', 'Stopwatch', 'Worker', 'next_offsets', 'Arrival',
            'split_repeats', 'recall', 'events_of_rows', 'roll_forward', 'judgements_of', 'decide', 'given_places',
-           'take_over', 'publish_again', 'publish_new', 'decide_records', 'step', 'warm_up', 'run']
+           'take_over', 'publish_again', 'step_over', 'is_new', 'decide_batch', 'decide_records', 'look_after', 'step',
+           'warm_up', 'run']
 
 # %% ../../nbs/51_stream.ipynb #db8812d0
 import gc
@@ -23,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..adapters.kafka_bus import DEAD_LETTERS, LARGEST_RECORD, PREDICTIONS, murmur2_partitions
-from ..adapters.ports import Fenced, Outgoing, Record, Sink, Source, StateStore, Unavailable
+from ..adapters.ports import Fenced, OffsetGap, Outgoing, Record, Sink, Source, StateStore, Unavailable
 from fraud_nb.adapters.postgres import (
     AlreadyDecided,
     Batch,
@@ -35,9 +36,11 @@ from fraud_nb.adapters.postgres import (
     Place,
     PostgresLog,
     Repeat,
+    Unstorable,
 )
 from ..decision.judge import Model, judge
 from ..decision.reasons import reasons
+from ..domain.failpoint import failpoint
 from ..domain.money import Rates
 from fraud_nb.domain.schema import (
     Decision,
@@ -54,7 +57,7 @@ from ..features.fold import fold
 from ..features.profile import Profiles, StateCodecError
 from ..features.tiles import Readings, Tiles
 from ..features.windows import MINUTE_MS, Events, events_of
-from .sharing import Sharing, close_version, failpoint, told_now
+from .sharing import Sharing, close_version, told_now
 
 # %% ../../nbs/51_stream.ipynb #424dd032
 FUTURE_MS = 5 * MINUTE_MS  # shops' clocks run a little fast
@@ -205,6 +208,7 @@ class Counts:
     advised: int = 0  # answered over HTTP while the log was away
     advised_otherwise: int = 0  # and decided otherwise here
     restarts: int = 0  # returns to step 1 of the protocol
+    gone: int = 0  # records that retention took before anybody read them
     outcomes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(Outcome, 0))
     latencies: Latencies = field(default_factory=Latencies)  # of the records that say when they were sent
     state_lag: Latencies = field(default_factory=Latencies)  # of each decision: from its commit to Redis
@@ -312,7 +316,7 @@ class Worker:
     # Memory, worth nothing after an error: the log knows better.
     generation: int | None = None  # of the group, when the claims below were made
     claims: dict[int, Claim] = field(default_factory=dict)
-    published: dict[int, int] = field(default_factory=dict)  # of each partition: up to which offset, when claimed
+    published: dict[int, int] = field(default_factory=dict)  # offset of each partition, exclusive
     profiles: Profiles = field(default_factory=Profiles)
     feature_set: str = ""
 
@@ -477,7 +481,10 @@ def take_over(worker: Worker) -> None:
         roll_forward(worker.log, worker.store, worker.profiles, partition, logged)
         failpoint("rolled-forward")
         worker.published[partition] = worker.source.committed(partition)
-        worker.source.seek(partition, min(worker.published[partition], logged))
+        try:
+            worker.source.seek(partition, min(worker.published[partition], logged))
+        except OffsetGap as gap:
+            step_over(worker, gap)
     if worker.sharing is not None and 0 in worker.claims:
         close_version(worker.sharing, worker.claims[0].epoch)
     worker.generation = generation
@@ -496,35 +503,49 @@ def publish_again(
             outgoing += predictions(page)
         for offset, field_name, reason in worker.log.read_dead_letters(partition, first, stop):
             outgoing.append(dead_letter(mine[offset], field_name, reason))
-    worker.sink.publish(outgoing, next_offsets(records), worker.source.generation())
+    failpoint("publishing-again")
+    following = next_offsets(records)
+    worker.sink.publish(outgoing, following, worker.source.generation())
+    worker.published.update(following)
 
-
-def publish_new(
+# %% ../../nbs/51_stream.ipynb #c3d45c38
+def step_over(
     worker: Worker,
-    rows: Sequence[Logged],  # decided just now
-    refused: Sequence[tuple[Record, InvalidTransaction]],
-    following: Mapping[int, int],  # where each partition goes on
+    gap: OffsetGap,
 ) -> None:
-    """Tell the topics what they do not know; where an older log was restored, they know more than it does."""
-    known = worker.published
-    outgoing = predictions([row for row in rows if row.offset >= known[row.partition]])
-    outgoing += [
-        dead_letter(record, error.field, error.reason)
-        for record, error in refused
-        if record.offset >= known[record.partition]
-    ]
-    reached = {partition: max(offset, known[partition]) for partition, offset in following.items()}
+    """Go on behind records that are gone; raises the OffsetGap again where the topic was made anew."""
+    partition, claim = gap.partition, worker.claims[gap.partition]
+    if gap.available < gap.wanted:
+        raise gap
+    known = worker.log.read(partition, gap.wanted, min(gap.available, claim.next_offset))
+    outgoing = [each for page in known for each in predictions(page)]
+    if gap.available > claim.next_offset:
+        worker.log.skip(partition, claim, gap.available)
+        worker.store.save({partition: (claim.next_offset, gap.available)}, {})
+        worker.counts.gone += gap.available - claim.next_offset
+        worker.claims[partition] = Claim(claim.epoch, gap.available)
+    reached = {partition: max(gap.available, worker.published[partition])}
     worker.sink.publish(outgoing, reached, worker.source.generation())
+    worker.published.update(reached)
+    worker.source.seek(partition, gap.available)
+
+# %% ../../nbs/51_stream.ipynb #09842e54
+def is_new(
+    worker: Worker,
+    record: Record,
+) -> bool:
+    """Whether its decision is not published yet: a log that was set back decides again what readers have read."""
+    return record.offset >= worker.published[record.partition]
 
 # %% ../../nbs/51_stream.ipynb #30a3f63d
-def decide_records(
+def decide_batch(
     worker: Worker,
-    records: Sequence[Record],  # at or above the log's next_offset
+    records: Sequence[Record],  # at or above the log's next_offset, and sorted:
+    admitted: Sequence[tuple[Record, Transaction]],
+    refused: Sequence[tuple[Record, InvalidTransaction]],
 ) -> None:
-    """One decision for each new transaction; committed first, then projected."""
+    """One decision for each new transaction; committed first, then projected. Raises Unstorable."""
     lap = Stopwatch(worker.counts.stage_s, worker.clock_ns)
-    admitted, refused = admit(records, worker.default_currency, worker.partitions, worker.partitioner)
-    lap("decode")
     known = worker.log.known([transaction.transaction_id for _, transaction in admitted])
     arrivals, repeats = split_repeats(admitted, known)
     early = given_places(worker.log, arrivals)
@@ -566,10 +587,46 @@ def decide_records(
     lap("save")
     failpoint("saved")
     rows = early | dict(zip(fresh, decided, strict=True))
-    publish_new(worker, [rows[index] for index in range(len(arrivals))], refused, following)
+    letters = [dead_letter(record, error.field, error.reason) for record, error in refused if is_new(worker, record)]
+    told_first = [rows[index] for index, arrival in enumerate(arrivals) if is_new(worker, arrival.record)]
+    reached = {partition: max(offset, worker.published[partition]) for partition, offset in following.items()}
+    worker.sink.publish([*predictions(told_first), *letters], reached, worker.source.generation())
+    worker.published.update(reached)
     lap("publish")
     failpoint("published")
     worker.claims.update({p: Claim(before[p].epoch, offset) for p, offset in following.items()})
+
+# %% ../../nbs/51_stream.ipynb #7572e9db
+def decide_records(
+    worker: Worker,
+    records: Sequence[Record],  # at or above the log's next_offset
+) -> None:
+    """Decide them together, or, where the log refuses one of them, all but that one."""
+    lap = Stopwatch(worker.counts.stage_s, worker.clock_ns)
+    admitted, refused = admit(records, worker.default_currency, worker.partitions, worker.partitioner)
+    lap("decode")
+    failpoint("decoded")
+    try:
+        decide_batch(worker, records, admitted, refused)
+    except Unstorable:
+        worker.profiles = Profiles()  # they have learned what was not committed
+        if len(records) == 1:
+            why = InvalidTransaction(
+                "transaction", "not_storable", "the log refused to store it, for reasons of its own"
+            )
+            return decide_batch(worker, records, [], [(records[0], why)])
+        middle = len(records) // 2
+        decide_records(worker, records[:middle])
+        decide_records(worker, records[middle:])
+
+# %% ../../nbs/51_stream.ipynb #da12919f
+def look_after(
+    worker: Worker,
+) -> None:
+    """Nothing is to be done: see that the stored profiles are still those of the log; raises Fenced."""
+    for partition, claim in worker.claims.items():
+        if worker.store.watermark(partition) != claim.next_offset:
+            raise Fenced(f"the watermark of partition {partition} is not the expected one")
 
 # %% ../../nbs/51_stream.ipynb #5d8ae694
 def step(
@@ -578,7 +635,11 @@ def step(
 ) -> int:  # records dealt with
     """Steps 1 to 8, once; raises Fenced, AlreadyDecided or Unavailable, after which it may simply be called again."""
     try:
-        records = worker.source.poll(timeout_s, worker.batch_size)
+        try:
+            records = worker.source.poll(timeout_s, worker.batch_size)
+        except OffsetGap:  # retention is faster than we are; the next seek says how far it came
+            take_over(worker)
+            return 0
         if worker.source.generation() != worker.generation:
             if worker.source.assigned():  # else we wait for the group to give us something
                 take_over(worker)
@@ -589,6 +650,8 @@ def step(
         ahead = [record for record in records if record.offset >= worker.claims[record.partition].next_offset]
         if ahead:
             decide_records(worker, ahead)
+        if not records:
+            look_after(worker)
         worker.counts.records += len(records)
         return len(records)
     except (Fenced, AlreadyDecided, Unavailable):
@@ -596,7 +659,7 @@ def step(
         worker.counts.restarts += 1
         raise
 
-
+# %% ../../nbs/51_stream.ipynb #e24671b4
 def warm_up(model: Model, partitioner: Partitioner) -> None:
     """Read, compile or load what deciding needs, on a purchase of nobody: the first one need not wait for it."""
     feature_set()
@@ -613,9 +676,8 @@ def run(
     worker: Worker,
     stopping: Callable[[], bool],  # asked before every turn
     pause: Callable[[float], None],  # seconds; how to wait before trying again
-    between: Callable[[], None] = lambda: (
-        None
-    ),  # what else is to be done before every turn, such as exchanging the model
+    between: Callable[[], None] = lambda: None,  # what else is due before every turn, such as exchanging the model
+    tell: Callable[[str], object] = lambda why: None,  # why it begins again at 1
 ) -> None:
     """Work until told to stop; servers may go and come back."""
     warm_up(worker.model, worker.partitioner)
@@ -624,5 +686,6 @@ def run(
         try:
             between()
             step(worker)
-        except (Fenced, AlreadyDecided, Unavailable):
+        except (Fenced, AlreadyDecided, Unavailable) as error:
+            tell(f"decisions: {error}")
             pause(0.5)

@@ -19,7 +19,7 @@ PASSWORDS = {role: f"pass'word @:/%ü of {role}" for role in ROLES}
 INSERTS = {
     "fraud_writer": {
         "decisions", "dead_letters", "repeats", "feature_sets", "labels", "label_dead_letters", "shared_versions",
-        "progress",
+        "progress", "gaps", "topics",
     },
     "fraud_reader": set(),
     "fraud_promoter": {"models", "promotions", "runs"},

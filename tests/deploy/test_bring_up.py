@@ -74,7 +74,7 @@ def migrated(place: Place) -> Place:
     assert early.returncode == 1 and "is it up and migrated?" in early.stderr
     for _ in range(2):
         done = fraud(place.environment("migrate"), *SERVICES["migrate"]["command"])
-        assert (done.returncode, done.stderr) == (0, "migrate: schema 4, 4 partitions\n")
+        assert (done.returncode, done.stderr) == (0, "migrate: schema 5, 4 partitions\n")
     return place
 
 

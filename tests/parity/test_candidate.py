@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fraud_nb.domain.geo import compiled
+from fraud_nb.domain.machine import compiled
 from fraud_nb.features.catalogue import FEATURE_NAMES, Family, Feature
 from fraud_nb.features.fold import TODAY, Owner, fold, folding_beside
 from fraud_nb.features.profile import Profiles

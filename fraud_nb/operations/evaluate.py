@@ -119,9 +119,7 @@ FEATURE_SETS: Mapping[str, tuple[tuple[str, ...], Recipe]] = {
     "base": (BASE_NAMES, BOOK),
     "full": (FEATURE_NAMES, Recipe()),
 }
-MOST_GENUINE = (
-    2_000_000  # rows to learn from: half a GiB; of more a share is taken, which stands for the others by weight
-)
+MOST_GENUINE = 2_000_000  # rows to learn from, half a GiB; of more a share is taken, by weight
 
 
 IMBALANCE: Mapping[str, Arm] = {"none": "none", "weight": "class_weight", "smote": "smote", "smote-enn": "smote_enn"}

@@ -18,12 +18,15 @@ from tests.parity.oracle import (
     NO_AMOUNT,
     NO_PLACE,
     READINGS,
+    RECORD,
     UNKNOWN,
     Oracle,
     Row,
+    Seen,
     bits,
     is_claimed,
     readings,
+    record,
 )
 
 Place = tuple[int, int]  # partition and offset
@@ -211,32 +214,33 @@ def check_told(truth: Truth, found: Found, rng: random.Random, sample: int) -> N
     for row in rng.sample(rows, min(sample, len(rows))):
         purchase = truth.purchases[row[1], row[2]]
         progress, labels, clock = found.versions[row[5]]
-        told = []
+        told, time = [], purchase.event["event_time"]
         for owner, name in (("merchant", purchase.merchant), ("device", purchase.device)):
-            told += told_by(truth, owner, name, progress, labels, clock, purchase.event["event_time"])
+            seen = None if name is None else seen_by(truth, owner, name, progress, labels, clock)
+            told += [UNKNOWN] * len(READINGS) if seen is None else readings(seen, time)
+        shop = purchase.merchant
+        of_shop = [] if shop is None else seen_by(truth, "merchant", shop, progress, labels, clock)
+        told += [UNKNOWN] * len(RECORD) if shop is None else record(of_shop, time)
         assert [int(each) for each in np.frombuffer(bytes(row[6]), "<i8")] == told, f"2 told at {row[1:3]}"
 
 
-def told_by(
+def seen_by(
     truth: Truth,
     kind: str,
-    name: str | None,
+    name: str,
     progress: Sequence[int],
     labels: int,
     clock: int,
-    time: int,
-) -> list[int]:
-    """What an owner said as of a version."""
-    if name is None:
-        return [UNKNOWN] * len(READINGS)
+) -> list[Seen]:
+    """What an owner had seen as of a version."""
     claimed: dict[str, list[tuple[int, bool]]] = {}
     for ident, known, is_fraud in [claim for claim in truth.claims if claim is not None][:labels]:
         if known <= clock:
             claimed.setdefault(ident, []).append((known, is_fraud))
-    seen = []
+    seen: list[Seen] = []
     for ident, (partition, offset) in truth.ids.items():
         each = truth.purchases[partition, offset]
         if getattr(each, kind) == name and offset < progress[partition]:
             event = each.event
             seen.append((event["event_time"], event["amount"], is_claimed(claimed.get(ident, []))))
-    return readings(seen, time)
+    return seen

@@ -1,7 +1,7 @@
 """The pipeline of the tutorials, one record at a time: what the worker is measured beside.
 
 It is kept fair: the same model with the same number of columns, a primary key and one commit per record, records from
-the client's batches, no flush. And it is spared work: no features of places and habits, no reasons, no fencing.
+the client's batches, no flush. And it is spared work: no features of places, habits and sprees, no reasons, no fencing.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from fraud_nb.adapters.servers import addresses_of
 from fraud_nb.apps.parts import say, say_over
 from fraud_nb.decision.bundle import unpack
 from fraud_nb.domain.config import Settings
-from fraud_nb.features.catalogue import EXTREME_WINDOWS, FEATURE_NAMES, VARIETY_WINDOWS, WINDOWS
+from fraud_nb.features.catalogue import EXTREME_WINDOWS, FEATURE_NAMES, MEAN_WINDOWS, VARIETY_WINDOWS, WINDOWS
 from fraud_nb.features.windows import DAY_MS, HORIZON_MS
 
 TOPIC, ANSWERS = "naive-transactions", "naive-predictions"
@@ -49,6 +49,9 @@ def features_of(
     for label, length_ms in WINDOWS:
         amounts = [each["amount"] for each in history if each["event_time"] > now_ms - length_ms]
         row[f"customer_count_{label}"], row[f"customer_sum_{label}"] = len(amounts), 100 * sum(amounts)
+    for label, length_ms in MEAN_WINDOWS:
+        amounts = [each["amount"] for each in history if each["event_time"] > now_ms - length_ms] + [purchase["amount"]]
+        row[f"customer_mean_{label}"] = 100 * sum(amounts) / len(amounts)
     for label, length_ms in EXTREME_WINDOWS:
         amounts = [each["amount"] for each in history if each["event_time"] > now_ms - length_ms]
         row[f"customer_max_{label}"] = 100 * max(amounts, default=0)

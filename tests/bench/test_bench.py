@@ -27,7 +27,10 @@ TINY = Sizes(
     transactions=5_000, naive_seconds=1, rates=(1_000,), open_loop_seconds=1, customers=300, state_customers=1_000
 )  # fmt: skip
 # Columns the rival leaves out.
-SPARED = ("distance_", "speed_", "amount_to", "amount_in", "customer_outliers", "same_", "merchant_", "device_")
+SPARED = (
+    "distance_", "speed_", "amount_to", "amount_in", "customer_outliers", "customer_spree", "spree_",
+    "same_", "merchant_", "device_",
+)  # fmt: skip
 
 
 def test_counts_what_the_log_has(private_servers: Running) -> None:  # noqa: F811
@@ -70,7 +73,7 @@ def test_its_rival_gets_real_features() -> None:
         histories[each.customer_id].append(message)
     same = [place for place, name in enumerate(FEATURE_NAMES) if not name.startswith(SPARED)]
     assert np.allclose(np.nan_to_num(streamed[:, same]), np.array(rows)[:, same], rtol=1e-4)
-    assert len(same) >= 24
+    assert len(same) >= 27
 
 
 def test_state_is_what_it_says() -> None:

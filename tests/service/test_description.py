@@ -3,6 +3,7 @@
 On real servers: what is let in is decided and recorded.
 """
 
+import json
 import time
 from collections.abc import Iterator
 
@@ -16,10 +17,10 @@ from fraud_nb.adapters.kafka_bus import create_topics
 from fraud_nb.adapters.postgres import migrate
 from fraud_nb.apps.parts import model_in, open_predictor
 from fraud_nb.domain.config import Settings
-from fraud_nb.pipeline.contract import description
+from fraud_nb.pipeline.contract import EXAMPLES, description
 from tests.conftest import Running
 from tests.e2e.stream_kit import small_model
-from tests.service.service_kit import House, house
+from tests.service.service_kit import House, house, patiently
 
 schema = schemathesis.openapi.from_dict(description())
 CHECKED = [
@@ -44,6 +45,8 @@ def open_house(private_servers: Running, tmp_path_factory: pytest.TempPathFactor
     predictor = open_predictor(Settings(), found, model)
     predictor.warm_up(time.time_ns() // 1_000_000)
     with house(predictor=predictor) as running:
+        for example in EXAMPLES.values():  # of the description; what is drawn later may or may not be let in
+            assert patiently(running.port, json.dumps(example).encode()).status == 200
         yield running
         assert running.lines == [], "nothing failed"
     with psycopg2.connect(found.postgres) as connection, connection.cursor() as cursor:

@@ -154,10 +154,10 @@ def test_labels_come_when_they_become_known(seed: int, flush: bool) -> None:
 def test_a_town_from_the_middle_tells_what_the_whole_town_tells() -> None:
     world, left = World(customers=150, days=75, fraud_rate=0.02), list[int]()
     chunks = list(simulate(world))
-    told = list(simulated(world, 70, 75, left.append))
+    told = list(simulated(world, 60, 75, left.append))
     paid = [decode(message.value) for message in told if message.topic == TRANSACTIONS]
-    assert paid == [each for chunk in chunks[70:] for each in transactions(chunk)]
-    newest, first = paid[-1].event_time, world.start_ms + 70 * DAY_MS
+    assert paid == [each for chunk in chunks[60:] for each in transactions(chunk)]
+    newest, first = paid[-1].event_time, world.start_ms + 60 * DAY_MS
     claims = [label for chunk in chunks for label in labels(chunk) if label.label_time >= first]
     heard = [decode_label(message.value) for message in told if message.topic == LABELS]
     assert {each.transaction_id for each in heard} == {
@@ -166,7 +166,7 @@ def test_a_town_from_the_middle_tells_what_the_whole_town_tells() -> None:
     assert left == [len(claims) - len(heard)] and len(heard) > 10 and left[0] > 10
     times = [message.event_time_ms for message in told]
     assert times == sorted(times)
-    alone = [message for message in simulated(world, 70, 75, left.append, earlier_days=0) if message.topic == LABELS]
+    alone = [message for message in simulated(world, 60, 75, left.append, earlier_days=0) if message.topic == LABELS]
     assert 0 < len(alone) < len(heard)
 
 

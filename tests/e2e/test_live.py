@@ -306,9 +306,9 @@ def older_code(folder: Path) -> Path:
     """This code, before the features of devices were added."""
     shutil.copytree(ROOT / "fraud_nb", folder / "fraud_nb", ignore=shutil.ignore_patterns("__pycache__"))
     for name, now, then in (
-        ("catalogue.py", "NOVELTY, MERCHANT, DEVICE)", "NOVELTY, MERCHANT)"),
-        ("fold.py", "_end(DEVICE, _DEVICE) != len", "_end(MERCHANT, _MERCHANT) != len"),
-        ("fold.py", "    fill_device(purchase, told[_TOLD:], out[_DEVICE:])\n", ""),
+        ("catalogue.py", "MERCHANT_RECORD, DEVICE,", "MERCHANT_RECORD,"),
+        ("fold.py", "_end(DEVICE, _DEVICE) != len", "_end(MERCHANT_RECORD, _RECORD) != len"),
+        ("fold.py", "    fill_device(purchase, told[_TOLD:OWNED], out[_DEVICE:])\n", ""),
     ):
         path = folder / "fraud_nb" / "features" / name
         text = path.read_text()

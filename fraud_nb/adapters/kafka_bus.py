@@ -521,7 +521,7 @@ class _Producer:
                 producer.send(topic, value=value, key=key, headers=list(headers))
         if offsets:
             producer.send_offsets_to_transaction(offsets, identity)
-        failpoint("publishing")
+        failpoint("publishing-labels" if LABELS in {place.topic for place in offsets} else "publishing")
         producer.commit_transaction()
 
 # %% ../../nbs/44_kafka_bus.ipynb #036d27da

@@ -203,7 +203,7 @@ def test_a_file_on_a_real_broker(servers: Any, tmp_path: Path) -> None:
     feed.close()
     assert [len(batch.refusals) for batch in batches] == [1]
     assert sent.transactions == rows and sent.labels + left[0] == rows // 10
-    assert abs(sent.seconds - rows / 2000) < 0.5
+    assert sent.seconds > 0.99 * rows / 2000, "not faster than asked; a busy machine may be slower"
     arrived = read_topic(servers.kafka, topics[TRANSACTIONS])
     assert sorted(decode(each.value).event_time for each in arrived) == [START + row * HOUR_MS for row in range(rows)]
     for each in arrived:

@@ -547,9 +547,7 @@ class KafkaSink(_Producer):
         if self._taken_over or identity is None or now != generation or not partitions >= set(next_offsets):
             raise Fenced("this worker's partitions or its transactional id belong to someone else now")
         if self._unsettled:
-            with _unavailable("start of the producer"):
-                within_deadline(self.start, 2 * self._deadline_s)
-            self._unsettled = False
+            self._settle()
             raise Fenced("an earlier publish had no answer; it is settled now: read the committed offsets")
         offsets = {
             TopicPartition(self._source.topic, partition): OffsetAndMetadata(offset, "", -1)
@@ -564,10 +562,19 @@ class KafkaSink(_Producer):
             self.throw_away()
             causes = (error, error.__cause__, *error.args)
             self._taken_over = any(isinstance(cause, _TAKEN_OVER) for cause in causes)
+            self._unsettled = not self._taken_over
+            with suppress(BusUnavailable):
+                self._settle()
             if self._taken_over or any(isinstance(cause, _GENERATION_GONE) for cause in causes):
                 raise Fenced(f"Kafka refused the transaction: {type(error).__name__}") from None
-            self._unsettled = True
             raise BusUnavailable(f"Kafka: publish: {type(error).__name__}; read the committed offsets") from None
+
+    def _settle(self) -> None:
+        """Let the broker end what an earlier publish left open: until then readers see nothing that came after it."""
+        if self._unsettled:
+            with _unavailable("start of the producer"):
+                within_deadline(self.start, 2 * self._deadline_s)
+            self._unsettled = False
 
     def close(self) -> None:
         """Let go of the connection."""

@@ -1,5 +1,6 @@
 """The contract of Source and Sink, on the doubles and on a real broker."""
 
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -259,6 +260,26 @@ def test_whole_batches_carry_what_send_carries(servers: Any) -> None:
             )
     assert bus.source.committed(0) == 0
     assert len(read_topic(servers.kafka, bus.output)) == 2 * len(sent)
+    bus.close()
+
+
+def test_an_interrupted_publish_hides_nothing(servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transaction left open would keep what others publish later from every read-committed reader."""
+    bus = KafkaBus(servers.kafka)
+    join(bus)
+    bus.sink.publish([], {0: 0}, bus.source.generation())
+    asleep = KafkaSink(servers.kafka, bus.member, "asleep", deadline_s=1.0)
+    woken = threading.Event()
+    monkeypatch.setattr(kafka_bus, "failpoint", lambda name: woken.wait(10))
+    with pytest.raises(BusUnavailable):
+        asleep.publish(outgoing(bus, b"half"), {0: 1}, bus.source.generation())
+    bus.producer.send(bus.output, key=b"ada", value=b"later").get(10)
+    assert bus.published() == [b"later"]
+    woken.set()
+    monkeypatch.undo()
+    asleep.publish(outgoing(bus, b"once more"), {0: 1}, bus.source.generation())
+    assert bus.published() == [b"later", b"once more"] and bus.source.committed(0) == 1
+    asleep.close()
     bus.close()
 
 

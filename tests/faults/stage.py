@@ -31,6 +31,7 @@ from fraud_nb.adapters.kafka_bus import (
     TopicEnds,
     create_topics,
     read_topic,
+    topic_ends,
 )
 from fraud_nb.adapters.ports import SHARED, Record
 from fraud_nb.adapters.postgres import migrate
@@ -219,12 +220,22 @@ class Stage:
             group.close(autocommit=False)
         return ends, progress, committed
 
+    def is_hidden(self) -> bool:
+        """Whether a transaction is open: a read-committed reader does not see what comes after its first record."""
+        reader = KafkaConsumer(bootstrap_servers=self.direct.kafka, isolation_level="read_uncommitted")
+        try:
+            places = [TopicPartition(PREDICTIONS, part) for part in range(PARTITIONS)]
+            ends = {place.partition: end for place, end in reader.end_offsets(places).items()}
+        finally:
+            reader.close(autocommit=False)
+        return ends != topic_ends(self.direct.kafka, PREDICTIONS)
+
     def is_settled(self) -> bool:
         """Whether everything that was sent is dealt with, and everything that follows from it, too."""
         ends, progress, committed = self.standing()
         store = self.redis
         stored = {part: int(store.get(f"fraud:{{{part}}}:offset") or 0) for part in range(PARTITIONS)}
-        if not ends == progress == committed == stored:
+        if not ends == progress == committed == stored or self.is_hidden():
             return False
         ((labels, version),) = self.rows(
             "SELECT next_offset, (SELECT max(version) FROM shared_versions) FROM label_progress"

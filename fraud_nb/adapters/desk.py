@@ -138,6 +138,7 @@ class Alert(NamedTuple):
     longitude_e6: int | None
     probability: float
     outcome: str
+    held_back: bool  # a review in place of one decline too many
     reasons: tuple[Reason, ...]
     verdict: str | None  # the one that stands
     analyst: str | None  # who said the newest word
@@ -185,7 +186,7 @@ _ALERTS = """
     SELECT latest.*, said.words, said.analyst
     FROM (
         SELECT transaction_id, customer_id, event_time, record_time, amount_minor, currency, amount_base, merchant_id,
-            category, latitude_e6, longitude_e6, probability, outcome, reasons
+            category, latitude_e6, longitude_e6, probability, outcome, held_back, reasons
         FROM decisions WHERE outcome <> 'approve' ORDER BY record_time DESC LIMIT %(newest)s) AS latest
     LEFT JOIN LATERAL (
         SELECT array_agg(says ORDER BY verdict) AS words, (array_agg(analyst ORDER BY verdict DESC))[1] AS analyst,
@@ -317,7 +318,7 @@ class Case(NamedTuple):
 
 _CASE = """
     SELECT transaction_id, customer_id, event_time, record_time, amount_minor, currency, amount_base, merchant_id,
-        category, latitude_e6, longitude_e6, probability, outcome, reasons,
+        category, latitude_e6, longitude_e6, probability, outcome, held_back, reasons,
         device_id, ip, channel, origin, model_version, policy_version, features,
         (SELECT features FROM feature_sets WHERE feature_sets.feature_set = decisions.feature_set)
     FROM decisions WHERE transaction_id = %s AND origin <> 'backfill'

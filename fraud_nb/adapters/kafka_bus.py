@@ -6,7 +6,8 @@
 __all__ = ['TRANSACTIONS', 'LABELS', 'PREDICTIONS', 'DEAD_LETTERS', 'DEADLINE_S', 'LARGEST_RECORD', 'Partitions', 'STALL_S',
            'LARGEST_BATCH', 'WrongPartitionCount', 'check_partitions', 'create_topics', 'topic_id',
            'murmur2_partitions', 'crc32_partitions', 'record_of', 'Standing', 'KafkaSource', 'RecordTooLarge',
-           'within_deadline', 'batches_of', 'hand_over', 'KafkaSink', 'TopicEnds', 'topic_ends', 'read_topic']
+           'within_deadline', 'batches_of', 'hand_over', 'KafkaSink', 'TopicEnds', 'topic_ends', 'read_topic',
+           'read_partition', 'committed_offsets']
 
 # %% ../../nbs/44_kafka_bus.ipynb #0bfd57aa
 import threading
@@ -582,11 +583,15 @@ class KafkaSink(_Producer):
 
 # %% ../../nbs/44_kafka_bus.ipynb #a29c0fb0
 @contextmanager
-def _onlooker(bootstrap: str, topic: str) -> Iterator[tuple[Any, list[TopicPartition]]]:
-    """A consumer outside every group, and the topic's partitions."""
+def _onlooker(
+    bootstrap: str,
+    topic: str,
+    group: str | None = None,  # whose offsets are asked for; it is not joined
+) -> Iterator[tuple[Any, list[TopicPartition]]]:
+    """A consumer that is no member of a group, and the topic's partitions."""
     with _unavailable(f"read topic {topic}"):
         consumer = _consumer(
-            bootstrap_servers=bootstrap.split(","), group_id=None, enable_auto_commit=False,
+            bootstrap_servers=bootstrap.split(","), group_id=group, enable_auto_commit=False,
             isolation_level="read_committed", auto_offset_reset="earliest", bootstrap_timeout_ms=int(DEADLINE_S * 1e3),
         )  # fmt: skip
         try:
@@ -636,12 +641,32 @@ def read_topic(
     topic: str,
 ) -> list[Record]:  # by partition, then offset
     """All committed records of a topic; raises BusUnavailable."""
-    with _onlooker(bootstrap, topic) as (consumer, places):
-        consumer.assign(places)
-        consumer.seek_to_beginning(*places)
-        ends = consumer.end_offsets(places)
-        found: list[Record] = []
-        while any(consumer.position(place) < end for place, end in ends.items()):
+    return [
+        record for partition in topic_ends(bootstrap, topic) for record in read_partition(bootstrap, topic, partition)
+    ]
+
+
+def read_partition(
+    bootstrap: str,  # host:port, several separated by commas
+    topic: str,
+    partition: int,
+) -> Iterator[Record]:
+    """The committed records of one partition, in order, to the end as it is now; raises BusUnavailable."""
+    place = TopicPartition(topic, partition)
+    with _onlooker(bootstrap, topic) as (consumer, _):
+        consumer.assign([place])
+        consumer.seek_to_beginning(place)
+        end = consumer.end_offsets([place])[place]
+        while consumer.position(place) < end:
             for fetched in consumer.poll(500).values():
-                found += [record_of(each) for each in fetched]
-        return sorted(found, key=lambda record: (record.partition, record.offset))
+                yield from map(record_of, fetched)
+
+
+def committed_offsets(
+    bootstrap: str,  # host:port, several separated by commas
+    topic: str,
+    group: str = "fraud",
+) -> dict[int, int]:  # partition: offset; 0 where there is none
+    """How far a group has come; raises BusUnavailable."""
+    with _onlooker(bootstrap, topic, group) as (consumer, places):
+        return {place.partition: consumer.committed(place) or 0 for place in places}

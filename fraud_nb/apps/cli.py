@@ -7,11 +7,12 @@ __all__ = ['FAILURES', 'WRONG_USAGE', 'JOBS', 'SWITCH_S', 'BENTOFILE', 'prepared
            'command_down', 'command_check', 'progress_of', 'command_backfill', 'run_notebook', 'command_retrain',
            'command_backtest', 'command_evaluate', 'command_model', 'command_schedule', 'until_signal', 'send_all',
            'tell_unsent', 'command_produce', 'command_simulate', 'command_stream', 'command_dashboard', 'stop_when',
-           'command_bento', 'command_verify', 'command_replay', 'command_demo', 'parser', 'main']
+           'command_bento', 'counted', 'command_verify', 'command_replay', 'command_demo', 'parser', 'main']
 
 # %% ../../nbs/79_cli.ipynb #fb2b30bc
 import argparse
 import getpass
+import json
 import logging
 import math
 import os
@@ -26,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ..adapters import servers
-from ..adapters.kafka_bus import PREDICTIONS, WrongPartitionCount, create_topics, read_topic
+from ..adapters.kafka_bus import WrongPartitionCount, create_topics
 from ..adapters.ledger import LedgerReader, NoSuchModel, NothingToRollBackTo, RunLog, RunReader, Taken
 from ..adapters.ports import OffsetGap, Unavailable
 from fraud_nb.adapters.postgres import (
@@ -34,7 +35,6 @@ from fraud_nb.adapters.postgres import (
     AlreadyLive,
     HistoryLoader,
     LogOverview,
-    LogReader,
     OtherTopic,
     SchemaMismatch,
     let_in,
@@ -47,12 +47,24 @@ from .checks import findings
 from .dashboard import dashboard_command, dashboard_environment
 from .demo import Demo, DemoFailed, demo
 from .metrics import WorkerCollector, log_to, serve_metrics, status
-from .parts import model_in, open_feed, open_intake, open_shelf, open_worker, partitioner_of, say, say_over
+from fraud_nb.apps.parts import (
+    model_in,
+    open_bus,
+    open_feed,
+    open_intake,
+    open_shelf,
+    open_worker,
+    partitioner_of,
+    say,
+    say_over,
+)
 from .work import Hourglass, Life, Reporter, aside, share
 from ..decision.bundle import BundleError
 from ..domain.config import InvalidSetting, Settings
 from ..domain.money import Rates
 from ..features.windows import DAY_MS
+
+# %% ../../nbs/79_cli.ipynb #ac605b4a
 from ..operations.backfill import Past, backfill, file_past, known_by, simulated_past, write_past
 from ..operations.backtest import moment_ms
 from ..operations.files import InvalidFile, InvalidMap, MappedBatch, check, read_map, report_lines, rows_of
@@ -63,7 +75,7 @@ from ..pipeline.champion import Champion
 from ..pipeline.intake import take_in
 from ..pipeline.replay import NothingToReplay, replay, told
 from ..pipeline.stream import Worker, run
-from ..pipeline.verify import verify
+from ..pipeline.verify import Verdict, verify
 
 # %% ../../nbs/79_cli.ipynb #e2820290
 FAILURES = (
@@ -409,24 +421,46 @@ def command_bento(settings: Settings, arguments: argparse.Namespace) -> int:
     return 0
 
 # %% ../../nbs/79_cli.ipynb #f8b70f81
+def counted(verdict: Verdict) -> dict[str, int]:
+    """A verdict for machines."""
+    return {
+        "decisions": verdict.decisions, "judged": verdict.judged, "skipped": verdict.skipped,
+        "mismatches": len(verdict.differences), "unpublished": verdict.unpublished, "gone": verdict.gone,
+    }  # fmt: skip
+
+
 def command_verify(settings: Settings, arguments: argparse.Namespace) -> int:
     """Recompute the log and compare; 1 with the first differing record."""
     fixed = model_in(arguments.model) if arguments.model else None
     found = addresses_of(settings, say)
-    log, store, shelf = LogReader(found.postgres), RedisStateStore(found.redis), open_shelf(found, fixed)
-    verdict = verify(log, store, read_topic(found.kafka, PREDICTIONS), shelf.model, settings.base_currency)
+    log, store, shelf = LogOverview(found.postgres), RedisStateStore(found.redis), open_shelf(found, fixed)
+
+    def report(done: int, total: int) -> None:
+        say_over(f"verify: {done:,} of {total:,} rows recomputed")
+
+    verdict = verify(
+        log, store, open_bus(found), shelf.model, settings.base_currency, settings.default_currency,
+        arguments.sample, report,
+    )  # fmt: skip
+    say_over("")
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "result.json").write_text(json.dumps(counted(verdict)) + "\n")
     for where in verdict.differences[:1]:
         say(f"verify: {where.stage} differs at partition {where.partition}, offset {where.offset}")
     say(
-        f"verify: {len(verdict.differences)} mismatches in {verdict.decisions} decisions; "
-        f"{verdict.skipped} made by other definitions left out"
+        f"verify: {len(verdict.differences)} mismatches in {verdict.decisions} decisions, {verdict.judged} of them "
+        f"judged again; {verdict.skipped} made by other definitions left out"
     )
+    if verdict.unpublished or verdict.gone or not verdict.is_whole:
+        tiles = "" if verdict.is_whole else "; tiles moved on meanwhile and were not compared"
+        say(f"verify: {verdict.unpublished} not published yet, {verdict.gone} gone before they were read{tiles}")
     if verdict.skipped and not verdict.decisions:
         say("verify: nothing was compared; run it with the code that decided, to prove anything")
         return 1
     return 1 if verdict.differences else 0
 
-
+# %% ../../nbs/79_cli.ipynb #3fb8b07d
 def command_replay(settings: Settings, arguments: argparse.Namespace) -> int:
     """Make one decision again; 1 with the first stage that differs."""
     fixed = model_in(arguments.model) if arguments.model else None
@@ -474,6 +508,15 @@ def _delay(text: str) -> float:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError("a number of days from 0 to 3650, such as 7")
+
+
+def _share(text: str) -> float:
+    try:
+        if 0 <= (share := float(text)) <= 1:
+            return share
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError("a share from 0 to 1, such as 0.1")
 
 
 def _pace(text: str) -> float:
@@ -578,6 +621,18 @@ def _schedule_arguments(command: argparse.ArgumentParser) -> None:
     _common(command, "--metrics-port")
 
 
+def _verify_arguments(command: argparse.ArgumentParser) -> None:
+    _common(command, "--model")
+    command.add_argument(
+        "--sample",
+        type=_share,
+        default=1.0,
+        metavar="SHARE",
+        help="of the decisions that are judged again (default: 1)",
+    )
+    command.add_argument("--output", type=Path, metavar="FOLDER", help="write result.json there, too")
+
+
 def _evaluate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", type=Path, required=True, metavar="FILE", help="CSV, CSV.gz or Parquet")
     _common(command, "--map")
@@ -652,7 +707,7 @@ _ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "stream": _stream_arguments,
     "dashboard": lambda command: _common(command, "--ip", "--port"),
     "bento": _bento_arguments,
-    "verify": lambda command: _common(command, "--model"),
+    "verify": _verify_arguments,
     "replay": lambda command: _common(command, "id", "--model"),
 }
 

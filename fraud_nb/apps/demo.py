@@ -27,6 +27,7 @@ from ..adapters.ledger import LedgerReader
 from ..adapters.postgres import Logged, LogOverview, LogReader, migrate
 from ..adapters.redis_store import RedisStateStore
 from ..adapters.servers import Addresses, addresses_of, down, is_free
+from .parts import open_bus
 from ..domain.config import Settings
 from ..pipeline.champion import Shelf
 from ..pipeline.verify import verify
@@ -389,7 +390,10 @@ def demo(
             return None
         plan.say("[6/6] proof: everything recomputed from the log")
         shelf, store = Shelf(LedgerReader(found.postgres)), RedisStateStore(found.redis)
-        verdict = verify(log, store, read_topic(found.kafka, PREDICTIONS), shelf.model, plan.settings.base_currency)
+        settings = plan.settings
+        verdict = verify(
+            log, store, open_bus(found), shelf.model, settings.base_currency, settings.default_currency
+        )  # fmt: skip
         return json.dumps(result(found, records_before, stopped, len(verdict.differences), seen))
     finally:
         down(plan.settings.home, plan.say)

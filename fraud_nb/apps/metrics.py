@@ -68,6 +68,8 @@ class WorkerCollector(Collector):
         yield _histogram("fraud_state_lag_seconds", "From the commit to Redis", counts.state_lag)
         yield CounterMetricFamily("fraud_decisions_untold", "Decisions while nothing was shared", value=counts.untold)
         yield GaugeMetricFamily("fraud_shared_version", "Read last; 0: nothing shared", value=counts.shared_version)
+        held_back = self._worker.breaker.held_back
+        yield GaugeMetricFamily("fraud_declines_held_back", "Reviews for declines, of two minutes", value=held_back)
         yield GaugeMetricFamily("fraud_model_version", "The ledger's number", value=self._worker.model.version)
         if counts.newest_record_ms:
             age_s = time.time() - counts.newest_record_ms / 1e3

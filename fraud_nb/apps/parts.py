@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORKER_PATIENCE_S', 'PATIENCE_S', 'say', 'say_over', 'partitioner_of', 'model_in', 'open_shelf', 'open_worker',
-           'open_predictor', 'open_intake', 'open_feed']
+           'open_predictor', 'open_bus', 'open_intake', 'open_feed']
 
 # %% ../../nbs/70_parts.ipynb #87cc9c38
 import sys
@@ -12,17 +12,23 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from ..adapters.feed import KafkaFeed, remembered_partition
 from fraud_nb.adapters.kafka_bus import (
+    DEAD_LETTERS,
     LABELS,
+    PREDICTIONS,
     TRANSACTIONS,
     KafkaSink,
     KafkaSource,
     TopicEnds,
+    committed_offsets,
     crc32_partitions,
     murmur2_partitions,
+    read_partition,
+    read_topic,
     topic_id,
 )
 from ..adapters.ledger import LedgerReader
@@ -30,6 +36,7 @@ from ..adapters.ports import Unavailable
 from ..adapters.postgres import AnswerLog, LabelLog, PostgresLog, VersionLog
 from ..adapters.redis_store import RedisStateStore
 from ..adapters.servers import Addresses
+from ..decision.breaker import Breaker
 from ..decision.bundle import unpack
 from ..decision.judge import Model, model_of
 from ..domain.config import Settings
@@ -40,6 +47,7 @@ from ..pipeline.intake import Intake
 from ..pipeline.predict import Bench, Link, Outbox, Predictor, Thing, Watch
 from ..pipeline.sharing import Sharing
 from ..pipeline.stream import Partitioner, Worker
+from ..pipeline.verify import Bus
 
 # %% ../../nbs/70_parts.ipynb #547ff255
 def say(line: str) -> None:
@@ -99,6 +107,7 @@ def open_worker(
         settings.default_currency,
         partitioner_of(settings),
         Sharing(VersionLog(found.postgres, WORKER_PATIENCE_S), store, settings.partitions),
+        breaker=Breaker(settings.declines_per_minute),
     )
 
 # %% ../../nbs/70_parts.ipynb #2ecf4197
@@ -129,9 +138,21 @@ def open_predictor(
 
     store, outbox = link(lambda: RedisStateStore(found.redis, PATIENCE_S)), Outbox(link(clerk))
     ends = link(lambda: TopicEnds(found.kafka, TRANSACTIONS, PATIENCE_S))
-    watch = Watch(link(log), store, ends, outbox, settings.partitions)
-    bench = Bench(store, watch.freshness, settings.partitions, partitioner, Rates(settings.base_currency))
+    breaker = Breaker(settings.declines_per_minute)
+    watch = Watch(link(log), store, ends, outbox, settings.partitions, breaker)
+    bench = Bench(store, watch.freshness, settings.partitions, partitioner, Rates(settings.base_currency), breaker)
     return Predictor(link(log), link(log), bench, outbox, watch, model)
+
+# %% ../../nbs/70_parts.ipynb #4e6397b8
+def open_bus(found: Addresses) -> Bus:
+    """What the topics hold; how far they are published is read first."""
+    published = committed_offsets(found.kafka, TRANSACTIONS)
+    return Bus(
+        published,
+        partial(read_partition, found.kafka, TRANSACTIONS),
+        partial(read_partition, found.kafka, PREDICTIONS),
+        read_topic(found.kafka, DEAD_LETTERS),
+    )
 
 # %% ../../nbs/70_parts.ipynb #346433b8
 def open_intake(found: Addresses) -> Intake:

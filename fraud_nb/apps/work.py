@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -111,6 +111,7 @@ class Life:
     reporter: Reporter
     clock_s: Callable[[], float]  # never goes back
     is_ready: bool = False
+    to_count: Hourglass = field(default_factory=lambda: Hourglass(1.0))  # declines, of everybody
 
     def turn(self) -> None:
         """Everything that is due now."""
@@ -123,4 +124,7 @@ class Life:
             if newest is not None and newest is not self.worker.model:
                 self.worker.model = newest
                 log.info("model", extra={"fields": {"model_version": newest.version}})
+        if self.to_count.is_empty(now_s):
+            received_ms = self.worker.counts.newest_record_ms or self.worker.clock_ns() // 1_000_000
+            self.worker.breaker.learn(self.worker.log.declines, received_ms)
         self.reporter.report(now_s, model_version=self.worker.model.version, labels=self.intake.labels)

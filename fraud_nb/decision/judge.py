@@ -51,11 +51,10 @@ def judge(
     vectors: Vector,  # shape (n, all features of the catalogue)
     amounts_minor: npt.NDArray[np.int64],  # minor units of the base currency; negative is missing
     base_currency: str,  # ISO 4217; reasons speak of amounts
-    breaker_open: bool,  # as it was at the start of the batch
 ) -> list[Judged]:
     """Score, decide and, unless the answer is approve, explain."""
     probabilities = model.scorer.score(vectors).probability
-    outcomes = decide_all(probabilities, amounts_minor, model.policy, breaker_open)
+    outcomes = decide_all(probabilities, amounts_minor, model.policy)
     alerts = [row for row, outcome in enumerate(outcomes) if outcome != Outcome.APPROVE]
     why: list[tuple[Reason, ...]] = [()] * len(outcomes)
     if alerts:

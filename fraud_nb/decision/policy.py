@@ -97,25 +97,19 @@ def decide_all(
     probabilities: npt.NDArray[np.float64],  # calibrated, shape (n,)
     amounts_minor: npt.NDArray[np.int64],  # minor units of the base currency; negative is missing
     policy: Policy,
-    breaker_open: bool,  # as it was at the start of the batch
 ) -> list[Outcome]:
     """The cheapest answer to each purchase."""
-    cheapest = expected_costs(probabilities, amounts_minor, policy).argmin(axis=1)
-    outcomes = [OUTCOMES[index] for index in cheapest]
-    if breaker_open:
-        return [Outcome.REVIEW if outcome is Outcome.DECLINE else outcome for outcome in outcomes]
-    return outcomes
+    return [OUTCOMES[index] for index in expected_costs(probabilities, amounts_minor, policy).argmin(axis=1)]
 
 
 def decide(
     probability: float,
     amount_minor: int | None,  # None: not known in the base currency
     policy: Policy,
-    breaker_open: bool,
 ) -> Outcome:
     """The cheapest answer to one purchase."""
     amount = MISSING_AMOUNT if amount_minor is None else amount_minor
-    return decide_all(np.array([probability]), np.array([amount], np.int64), policy, breaker_open)[0]
+    return decide_all(np.array([probability]), np.array([amount], np.int64), policy)[0]
 
 # %% ../../nbs/23_policy.ipynb #7e379338
 def capacity_price(

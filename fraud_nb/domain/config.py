@@ -55,7 +55,9 @@ SHAPES: Mapping[str, tuple[str, str]] = {  # field: (pattern of the whole value,
     "base_currency": (r"[A-Z]{3}", "write an ISO 4217 code of three capital letters, such as EUR"),
     "partitions": (r"0*([1-9]\d?|1\d\d|2[0-4]\d|25[0-6])", "write a whole number from 1 to 256"),
     "partitioner": (r"murmur2|crc32", "write murmur2 (Java, kafka-python) or crc32 (librdkafka)"),
+    "declines_per_minute": (r"\d{1,9}", "write a whole number; 0: no cap"),
     "retrain_timeout_s": (r"0*[1-9]\d{0,5}", "write whole seconds, from 1 to 999999"),
+    "verify_sample": (r"0(\.\d{1,6})?|1(\.0*)?", "write a share from 0 to 1, such as 0.1"),
     "analyst": (r"[^\x00-\x1f\x7f]{1,100}", "write a name of at most 100 characters"),
     "metrics_urls": (
         r"http://[^\s,]+(,http://[^\s,]+)*",
@@ -95,12 +97,15 @@ class Settings:
     base_currency: str = "EUR"  # amounts are compared in this one
     partitions: int = 4  # of the topic transactions; fixed once there is data
     partitioner: Partitioner = "murmur2"  # how a customer id chooses its partition
+    declines_per_minute: int = 0  # at most; what is beyond is reviewed; 0: no cap
     mlflow_uri: str = "sqlite:///.fraud/mlflow.db"  # tracking and registry
     api_key: str = ""  # of the prediction service; empty is fine on loopback only
     allowed_hosts: str = LOOPBACK  # what the header Host may name, without port
     retrain_cron: str = "0 3 * * *"  # minute, hour, day, month, weekday; UTC; off: never
     retrain_options: str = ""  # of the scheduled retrain, as on the command line
     retrain_timeout_s: int = 7200  # assumption: the full preset takes some minutes on two cores
+    verify_cron: str = "30 4 * * *"  # likewise; after the retrain
+    verify_sample: str = "0.1"  # share of the decisions that are judged again; features are compared for all of them
     analyst: str = ""  # who gives verdicts at the desk; empty: a proxy says, or nobody may
     metrics_urls: str = ""  # of the workers, separated by commas
 

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from ..adapters.kafka_bus import TRANSACTIONS
 from ..adapters.ports import Outgoing, StateStore, Unavailable
 from ..adapters.postgres import NOT_YET, NOWHERE, AlreadyDecided, AnswerLog, Judgement, Logged
+from ..decision.breaker import Breaker
 from ..decision.judge import Model
 from ..domain.money import Rates
 from ..domain.schema import Outcome, Reason, StatelessRequest, Transaction, encode, payload_hash
@@ -33,7 +34,7 @@ from ..features.profile import Profiles, StateCodecError
 from ..features.tiles import UNKNOWN, WIDTH, Readings
 from ..features.windows import DAY_MS, HOUR_MS, events_of
 from .sharing import told_now
-from .stream import ADVICE, Advice, Partitioner, encode_advice, judgements_of, warm_up
+from .stream import ADVICE, Advice, Partitioner, encode_advice, judgements_of, warm_up, within_cap
 
 # %% ../../nbs/54_predict.ipynb #03c8fcf3
 Request = Transaction | StatelessRequest
@@ -331,6 +332,7 @@ class Watch:
     ends: Link[Callable[[], Mapping[int, int]]]  # where the topic ends
     outbox: Outbox
     partitions: int
+    breaker: Breaker  # learns what everybody declines
     freshness: Freshness = field(default_factory=Freshness)
     state_age_ms: int | None = None  # how far the profiles are behind the topic; None: not known
     waiting: int = 0  # decisions that the topic has not given an offset for five seconds
@@ -343,6 +345,7 @@ class Watch:
         try:
             with self.log.use() as log:
                 waiting, progress = log.under_way(now_ms - STALE_MS), log.progress()
+                self.breaker.learn(log.declines, now_ms)
         except Unavailable:
             return 0
         self.waiting = len(waiting)
@@ -464,14 +467,19 @@ class Bench:
     partitions: int
     partitioner: Partitioner
     rates: Rates
+    breaker: Breaker
 
     def decide(self, requests: Sequence[Request], model: Model, now_ms: int) -> list[Logged]:
         """A row for each request; those without a customer come first."""
         full = [request for request in requests if isinstance(request, Transaction)]
         bare = [request for request in requests if isinstance(request, StatelessRequest)]
         rows = stateless_rows(bare, model, self.rates, now_ms) if bare else []
-        if not full:
-            return rows
+        if full:
+            rows += self._with_past(full, model, now_ms)
+        return within_cap(rows, self.breaker)
+
+    def _with_past(self, full: Sequence[Transaction], model: Model, now_ms: int) -> list[Logged]:
+        """The rows of those who name a customer."""
         homes = self.partitioner([each.customer_id.encode() for each in full], self.partitions)
         try:
             with self.store.use() as store:
@@ -482,7 +490,7 @@ class Bench:
         def is_stale(partition: int, watermark: int) -> bool:
             return self.freshness.is_stale(partition, watermark, now_ms)
 
-        return rows + rows_of(full, known, homes, model, self.rates, is_stale, now_ms)
+        return rows_of(full, known, homes, model, self.rates, is_stale, now_ms)
 
     def warm_up(self, model: Model, now_ms: int) -> None:
         """Compile or load what a decision needs."""

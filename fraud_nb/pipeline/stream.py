@@ -6,9 +6,9 @@
 __all__ = ['FUTURE_MS', 'Partitioner', 'FASTEST_MS', 'GROWTH', 'BINS', 'STAGES', 'ADVICE', 'read_advice', 'encode_advice',
            'hash_of', 'admit', 'prediction', 'letters_of', 'dead_letter', 'predictions', 'Latencies', 'Counts', 'count',
            'Advice', 'advice_of', 'sent_ns', 'clock_in', 'Stopwatch', 'Worker', 'next_offsets', 'Arrival',
-           'split_repeats', 'recall', 'events_of_rows', 'roll_forward', 'judgements_of', 'decide', 'given_places',
-           'take_over', 'publish_again', 'step_over', 'is_new', 'decide_batch', 'decide_records', 'look_after', 'step',
-           'warm_up', 'run']
+           'split_repeats', 'recall', 'events_of_rows', 'roll_forward', 'judgements_of', 'held_back', 'within_cap',
+           'decide', 'given_places', 'take_over', 'publish_again', 'step_over', 'is_new', 'decide_batch',
+           'decide_records', 'look_after', 'step', 'warm_up', 'run']
 
 # %% ../../nbs/51_stream.ipynb #db8812d0
 import gc
@@ -38,6 +38,7 @@ from fraud_nb.adapters.postgres import (
     Repeat,
     Unstorable,
 )
+from ..decision.breaker import Breaker
 from ..decision.judge import Model, judge
 from ..decision.reasons import reasons
 from ..domain.failpoint import failpoint
@@ -311,6 +312,7 @@ class Worker:
     partitioner: Partitioner = murmur2_partitions
     sharing: Sharing | None = None  # closes shared versions while partition 0 is ours; None: somebody else does
     batch_size: int = 2048  # records at most, when there is a backlog; a poll never waits for more than the first
+    breaker: Breaker = field(default_factory=Breaker)
     clock_ns: Callable[[], int] = time.time_ns  # the sender's kind of clock, for latencies
     counts: Counts = field(default_factory=Counts)
     # Memory, worth nothing after an error: the log knows better.
@@ -425,7 +427,7 @@ def judgements_of(
     told: Readings,  # and what it told each of them
 ) -> list[Judgement]:
     """Decisions, with everything that made them."""
-    judged = judge(model, vectors, amounts, base_currency, breaker_open=False)
+    judged = judge(model, vectors, amounts, base_currency)
     return [
         Judgement(
             feature_set, vector.tobytes(), *answer, model.version, model.policy.version, version, readings.tobytes()
@@ -433,7 +435,25 @@ def judgements_of(
         for vector, answer, readings in zip(vectors, judged, told.astype("<i8"), strict=True)
     ]
 
+# %% ../../nbs/51_stream.ipynb #319676f6
+def held_back(judgement: Judgement) -> Judgement:
+    """A decline beyond the cap: a person decides."""
+    return judgement._replace(outcome=Outcome.REVIEW, held_back=True)
 
+
+def within_cap(
+    rows: Sequence[Logged],
+    breaker: Breaker,
+) -> list[Logged]:
+    """The same rows, with reviews in place of too many declines."""
+    judged = [(row, row.judgement) for row in rows if row.judgement is not None]
+    held = breaker.beyond_cap([judgement.outcome for _, judgement in judged], [row.record_time for row, _ in judged])
+    return [
+        row._replace(judgement=held_back(judgement)) if too_many else row
+        for (row, judgement), too_many in zip(judged, held, strict=True)
+    ]
+
+# %% ../../nbs/51_stream.ipynb #77fb0f25
 def decide(
     worker: Worker,
     arrivals: Sequence[Arrival],  # not decided yet
@@ -444,7 +464,7 @@ def decide(
 ) -> list[Logged]:
     """The rows to commit."""
     judged = judgements_of(worker.model, worker.feature_set, vectors, amounts, worker.rates.base, version, told)
-    return [
+    rows = [
         Logged(
             record.partition, record.offset, transaction, amount_base, digest, record.timestamp_ms, judgement,
             advice=advice_of(record),
@@ -453,6 +473,7 @@ def decide(
             arrivals, amounts.tolist(), judged, strict=True
         )
     ]  # fmt: skip
+    return within_cap(rows, worker.breaker)
 
 
 def given_places(
@@ -667,7 +688,7 @@ def warm_up(model: Model, partitioner: Partitioner) -> None:
     tiles.read(tiles.slots_of([]), np.empty(0, np.int64))
     vectors = fold(profiles, [""], events_of([nobody], Rates()))
     profiles.load([""], [profiles.dump("")])
-    judge(model, vectors, np.zeros(1, np.int64), "EUR", breaker_open=False)
+    judge(model, vectors, np.zeros(1, np.int64), "EUR")
     reasons(vectors, model.scorer.contributions(vectors), "EUR", model.scorer.names)
     partitioner([b""], 1)
 

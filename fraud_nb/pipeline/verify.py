@@ -4,37 +4,43 @@
 
 # %% auto #0
 __all__ = ['NEVER', 'ModelOf', 'Matrix', 'Difference', 'differing_stage', 'Layout', 'layouts_of', 'narrowed', 'widened',
-           'judge_again', 'differing_rows', 'Verdict', 'topic_difference', 'differing_state', 'SharedAudit',
-           'first_within', 'first_known', 'fold_page', 'walk', 'vectors_without_past', 'verify']
+           'judge_again', 'differing_rows', 'Verdict', 'sources_of', 'topic_difference', 'letter_difference',
+           'unaccounted', 'differing_state', 'SharedAudit', 'differing_tiles', 'first_within', 'first_known',
+           'fold_page', 'walk', 'vectors_without_past', 'Bus', 'in_sample', 'Comparison', 'Partition',
+           'differing_partition', 'verify']
 
 # %% ../../nbs/52_verify.ipynb #20201e99
+import zlib
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..adapters.ports import SHARED, Record, StateStore
-from ..adapters.postgres import Judgement, Logged, LogReader, SharedVersion
+from ..adapters.postgres import Judgement, Logged, LogOverview, LogReader, SharedVersion
 from ..decision.judge import Model, judge
 from ..domain.money import Rates
-from ..domain.schema import Label
+from ..domain.schema import InvalidTransaction, Label, Outcome, decode, payload_hash
 from ..features.catalogue import FEATURE_NAMES, Vector, fingerprints
 from ..features.fold import fold, fold_blind
 from ..features.profile import Arena, Profiles
 from ..features.shared import claim_changes
-from ..features.tiles import UNKNOWN, WIDTH, Readings, Tiles, changes_of, in_order, owners_of
+from ..features.tiles import CHANGE, UNKNOWN, WIDTH, Changes, Readings, Tiles, changes_of, in_order, owners_of
 from .sharing import told_then
-from .stream import events_of_rows
+from .stream import events_of_rows, held_back
 
 # %% ../../nbs/52_verify.ipynb #ce67faa1
 @dataclass(frozen=True, slots=True)
 class Difference:
     """The first thing that is not as the log says."""
 
-    stage: str  # features, probability, outcome, reasons, shared, state or topic
+    stage: str  # which check of the table above
     partition: int  # SHARED where it is about the state of all of them
     offset: int  # of the record, or -1 where the difference is not about one record
 
@@ -44,7 +50,7 @@ def differing_stage(
     found: Judgement,  # the same, computed again
 ) -> str | None:
     """The first stage at which two judgements differ, in the order in which they are computed."""
-    for stage in ("features", "probability", "outcome", "reasons"):
+    for stage in ("features", "probability", "outcome", "held_back", "reasons"):
         if getattr(stored, stage) != getattr(found, stage):
             return stage
     return None
@@ -100,9 +106,11 @@ def judge_again(
         mine = [place for place, (_, stored) in enumerate(rows) if stored.model_version == version]
         vectors = np.stack([widened(rows[place][1].features, layouts[rows[place][1].feature_set]) for place in mine])
         amounts = np.array([rows[place][0].amount_base for place in mine], np.int64)
-        judged = judge(model_of(version), vectors, amounts, base_currency, breaker_open=False)
+        judged = judge(model_of(version), vectors, amounts, base_currency)
         for place, answer in zip(mine, judged, strict=True):
-            found[place] = rows[place][1]._replace(features=features[place], **answer._asdict())
+            stored = rows[place][1]
+            again = stored._replace(features=features[place], held_back=False, **answer._asdict())
+            found[place] = held_back(again) if stored.held_back and again.outcome is Outcome.DECLINE else again
     return [found[place] for place in range(len(rows))]
 
 
@@ -126,22 +134,75 @@ def differing_rows(
 class Verdict:
     """What a verification found."""
 
-    decisions: int  # rows compared
+    decisions: int  # rows whose features were compared
+    judged: int  # of these, judged again
     skipped: int  # rows made by definitions that are gone
     differences: tuple[Difference, ...]  # in the order in which they were found; none is the proof
+    unpublished: int  # offsets that the log has and the topics do not have yet
+    gone: int  # records that retention took before anybody read them
+    is_whole: bool  # tiles were compared, too; on a system at work they move on while we look
+
+
+def sources_of(
+    records: Iterable[Record],  # predictions or dead letters
+    partition: int,
+    stop: int,  # only what was published by then
+) -> list[int]:
+    """The offsets they are about, in their order."""
+    pairs = (dict(record.headers)["source"].decode().split(":") for record in records)
+    return [int(offset) for where, offset in pairs if where == str(partition) and int(offset) < stop]
 
 
 def topic_difference(
     offsets: Sequence[int],  # of the decisions of one partition, in order
-    predictions: Sequence[Record],  # of the same partition, in order, as a read-committed reader sees them
+    sources: Sequence[int],  # of its predictions, in order
     partition: int,
 ) -> Difference | None:
     """The first prediction that is missing, doubled or out of order."""
-    sources = [dict(record.headers)["source"].decode() for record in predictions]
     for position, offset in enumerate(offsets):
-        if position == len(sources) or sources[position] != f"{partition}:{offset}":
+        if position == len(sources) or sources[position] != offset:
             return Difference("topic", partition, offset)
     return None if len(offsets) == len(sources) else Difference("topic", partition, -1)
+
+
+def letter_difference(
+    offsets: Sequence[int],  # of the refusals of one partition
+    sources: Sequence[int],  # of its dead letters
+    partition: int,
+) -> Difference | None:
+    """The first dead letter that is missing or too many."""
+    counted = Counter(sources)
+    counted.subtract(offsets)
+    wrong = min((offset for offset, number in counted.items() if number), default=None)
+    return None if wrong is None else Difference("dead-letters", partition, wrong)
+
+# %% ../../nbs/52_verify.ipynb #b4acbd87
+def unaccounted(
+    records: Iterable[Record],  # of one partition of `transactions`, in order, as far as Kafka still has them
+    stop: int,  # the log's next offset
+    decided: Mapping[int, bytes],  # offset: payload hash
+    noted: AbstractSet[int],  # offsets of repeats and refusals
+    partition: int,
+    default_currency: str,  # ISO 4217
+) -> Difference | None:
+    """The first record that the log does not know, or knows otherwise, or the first row without a record."""
+    first, seen = stop, set[int]()
+    for record in records:
+        if record.offset >= stop:
+            break
+        first = min(first, record.offset)
+        if record.offset in decided:
+            seen.add(record.offset)
+            try:
+                sent = payload_hash(decode(record.value, default_currency))
+            except InvalidTransaction:
+                sent = b""
+            if sent != decided[record.offset]:
+                return Difference("payload", partition, record.offset)
+        elif record.offset not in noted:
+            return Difference("lost", partition, record.offset)
+    invented = min((offset for offset in decided if offset >= first and offset not in seen), default=None)
+    return None if invented is None else Difference("invented", partition, invented)
 
 # %% ../../nbs/52_verify.ipynb #14fb95bc
 def differing_state(
@@ -149,12 +210,16 @@ def differing_state(
     folded: Arena,  # profiles of a whole partition, or tiles, folded again
     partition: int,
     watermark: int,  # that must vouch for them
+    go_on: Callable[[int, int], None] | None = None,  # fold on, from and to a watermark; None: nothing may have moved
 ) -> Difference | None:
     """Whether Redis holds what the fold holds."""
     names = sorted(folded.slot_of)
     for start in range(0, max(len(names), 1), 1_000):
         some = names[start : start + 1_000]
         found, stored = store.load(partition, some)
+        if go_on is not None and found is not None and found > watermark:
+            go_on(watermark, found)
+            watermark = found
         if (found or 0) != watermark or stored != [
             folded.dump(name) if len(folded.rows(name)) else None for name in some
         ]:
@@ -166,11 +231,13 @@ def differing_state(
 class SharedAudit:
     """Gathers the log, row by row, and then tells what every decision should have been told."""
 
-    tiles: Tiles = field(default_factory=Tiles)
+    tiles: Tiles = field(default_factory=Tiles)  # in the end: as of the newest version that was read
     ids: list[str] = field(default_factory=list)
     slots: list[npt.NDArray[np.int64]] = field(default_factory=list)  # shape (rows of a page, kinds)
     rows: list[npt.NDArray[np.int64]] = field(default_factory=list)  # partition, offset, time, amount, version, width
     told: list[Readings] = field(default_factory=list)
+    newest: int = 0  # version that was read
+    unread: Changes = field(default_factory=lambda: np.empty(0, CHANGE))  # of the tiles, since then
 
     def gather(self, page: Sequence[Logged]) -> None:
         """The next rows, in any order of partitions."""
@@ -187,9 +254,8 @@ class SharedAudit:
         self,
         versions: Sequence[SharedVersion],
         labels: Sequence[Label],  # all, in the order of their numbers
-        store: StateStore,
     ) -> list[Difference]:
-        """The rows that were told otherwise, and the tiles that are otherwise."""
+        """The rows that were told otherwise."""
         partition, offset, time, amount, read, width = np.concatenate(self.rows).T
         slots, told = np.concatenate(self.slots), np.concatenate(self.told)
         within = first_within(versions, partition, offset)
@@ -210,10 +276,28 @@ class SharedAudit:
         differs = (found != told[asked]) & (np.arange(WIDTH) < width[asked, None])
         wrong = asked[differs.any(axis=1)]
         differences = [Difference("shared", int(partition[row]), int(offset[row])) for row in np.sort(wrong)]
-        shared = max(store.watermark(SHARED) or 0, read.max())  # tiles behind what was read already are a difference
-        self.tiles.apply(unread[unread["at"] <= shared])
-        state = differing_state(store, self.tiles, SHARED, int(shared)) if versions else None
-        return differences if state is None else [*differences, state]
+        self.newest, self.unread = int(read.max()), unread
+        return differences
+
+# %% ../../nbs/52_verify.ipynb #ab7a913a
+def differing_tiles(
+    store: StateStore,
+    audit: SharedAudit,  # it has told its differences
+    versions: Sequence[SharedVersion],
+    ends: Mapping[int, int],  # of each partition: rows below were gathered
+) -> tuple[Difference | None, bool]:  # and whether they could be compared
+    """Whether Redis holds the tiles of its version."""
+    reached = store.watermark(SHARED) or 0
+    if not versions:
+        return None, True
+    is_seen = all(stop <= ends.get(partition, 0) for partition, stop in enumerate(versions[-1].progress))
+    if not is_seen or reached > versions[-1].version:
+        return None, False
+    shared = max(reached, audit.newest)  # tiles behind what was read already are a difference
+    audit.tiles.apply(audit.unread[audit.unread["at"] <= shared])
+    state = differing_state(store, audit.tiles, SHARED, shared)
+    stayed = (store.watermark(SHARED) or 0) == reached
+    return (state if stayed else None), stayed
 
 # %% ../../nbs/52_verify.ipynb #5fb10007
 def first_within(
@@ -298,40 +382,146 @@ def vectors_without_past(
             vectors[place] = widened(row.judgement.features, layouts[row.judgement.feature_set])
     return vectors
 
+# %% ../../nbs/52_verify.ipynb #fbc13129
+class Bus(NamedTuple):
+    """What the topics hold, as a read-committed reader sees it."""
+
+    published: Mapping[int, int]  # the group's offset of each partition, read before the rest
+    transactions: Callable[[int], Iterable[Record]]  # of a partition, in order
+    predictions: Callable[[int], Iterable[Record]]
+    dead_letters: Sequence[Record]
+
+
+def in_sample(
+    transaction_id: str,
+    share: float,  # of all ids, the same ones every time
+) -> bool:
+    """Whether this one is judged again."""
+    return zlib.crc32(transaction_id.encode()) < share * (1 << 32)
+
+
+@dataclass(slots=True)
+class Comparison:
+    """What was compared so far."""
+
+    layouts: Mapping[str, Layout]
+    model_of: ModelOf
+    base_currency: str  # ISO 4217
+    share: float  # of decisions that are judged again
+    decisions: int = 0
+    judged: int = 0
+    skipped: int = 0
+    differences: list[Difference] = field(default_factory=list)
+
+    def compare(
+        self,
+        rows: Sequence[Logged],
+        vectors: Matrix,  # of the rows, folded again
+    ) -> None:
+        """Rows with what they were made from."""
+        sample, features = list[tuple[Logged, Judgement]](), list[bytes]()
+        for row, vector in zip(rows, vectors, strict=True):
+            stored = row.judgement
+            if stored is None:
+                continue
+            layout = self.layouts[stored.feature_set]
+            if not layout.is_known:
+                self.skipped += 1
+                continue
+            self.decisions += 1
+            again = narrowed(vector, layout)
+            if again != stored.features:
+                self.differences.append(Difference("features", row.partition, row.offset))
+            elif in_sample(row.transaction.transaction_id, self.share):
+                sample.append((row, stored))
+                features.append(again)
+        self.judged += len(sample)
+        self.differences += differing_rows(sample, features, self.layouts, self.model_of, self.base_currency)
+
+# %% ../../nbs/52_verify.ipynb #89e98f8f
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """How far one partition had come when the look began."""
+
+    number: int
+    logged: int  # the log's next offset
+    published: int  # the topics'
+
+
+def differing_partition(
+    log: LogOverview,
+    store: StateStore,
+    bus: Bus,
+    part: Partition,
+    default_currency: str,  # ISO 4217
+    see: Callable[[list[Logged], Matrix], None],  # every row, with its features
+) -> list[Difference]:
+    """What is not as the log says: on the topics, and in the store."""
+    number, profiles, decided = part.number, Profiles(), dict[int, bytes]()
+    made: list[int] = []  # offsets that were given a decision, so that a prediction must be there
+    for rows, vectors in walk(log, number, part.logged, profiles):
+        see(rows, vectors)
+        live = [row for row in rows if 0 <= row.offset < part.logged]
+        decided |= {row.offset: row.payload_hash for row in live}
+        made += [row.offset for row in live if row.judgement is not None and row.offset < part.published]
+    refused = [offset for offset, _, _ in log.read_dead_letters(number, 0, part.logged)]
+    noted = {*refused, *log.read_repeats(number, 0, part.logged)}
+    told = [offset for offset in refused if offset < part.published]
+
+    def go_on(start: int, stop: int) -> None:
+        for page in log.read(number, start, stop):
+            profiles.learn([row.transaction.customer_id for row in page], events_of_rows(page))
+
+    sources = sources_of(bus.predictions(number), number, 1 << 62)
+    early = [source for source in sources if source < part.published]
+    ahead = min((source for source in sources if source >= log.progress()[number]), default=None)
+    found = (
+        differing_state(store, profiles, number, part.logged, go_on),
+        unaccounted(bus.transactions(number), part.logged, decided, noted, number, default_currency),
+        topic_difference(made, early, number),
+        None if ahead is None else Difference("topic", number, ahead),
+        letter_difference(told, sources_of(bus.dead_letters, number, part.published), number),
+    )
+    return [difference for difference in found if difference is not None]
+
 # %% ../../nbs/52_verify.ipynb #5fb10006
 def verify(
-    log: LogReader,
+    log: LogOverview,
     store: StateStore,
-    predictions: Sequence[Record],  # the whole predictions topic, read-committed
+    bus: Bus,
     model_of: ModelOf,
     base_currency: str = Rates().base,  # ISO 4217
+    default_currency: str = "EUR",  # of a transaction that names none
+    share: float = 1.0,  # of the decisions that are judged again; features are compared for all
+    report: Callable[[int, int], None] | None = None,  # told how many rows are done, of about how many
 ) -> Verdict:
     """Compare everything with a recomputation from the log."""
-    layouts = layouts_of(log.feature_sets())
-    decisions, skipped, differences = 0, 0, list[Difference]()
+    comparison = Comparison(layouts_of(log.feature_sets()), model_of, base_currency, share)
+    ends, done = log.progress(), 0
+    audit, is_whole = SharedAudit(), True
+    total = sum(end - log.first_offset(number) for number, end in ends.items())
 
-    def compare(rows: Sequence[Logged], vectors: npt.NDArray[np.float32]) -> None:
-        nonlocal decisions, skipped, differences
-        judged = [(place, row, row.judgement) for place, row in enumerate(rows) if row.judgement is not None]
-        ours = [each for each in judged if layouts[each[2].feature_set].is_known]
-        decisions, skipped = decisions + len(ours), skipped + len(judged) - len(ours)
-        features = [narrowed(vectors[place], layouts[stored.feature_set]) for place, _, stored in ours]
-        pairs = [(row, stored) for _, row, stored in ours]
-        differences += differing_rows(pairs, features, layouts, model_of, base_currency)
+    def see(rows: list[Logged], vectors: Matrix) -> None:
+        nonlocal done
+        comparison.compare(rows, vectors)
+        audit.gather([row for row in rows if row.offset < ends[row.partition]])
+        done += len(rows)
+        if report is not None:
+            report(min(done, total), total)
 
-    audit = SharedAudit()
-    for partition, logged in sorted(log.progress().items()):
-        profiles, offsets = Profiles(), list[int]()
-        for rows, vectors in walk(log, partition, logged, profiles):
-            compare(rows, vectors)
-            placed = [row for row in rows if row.offset < logged]
-            audit.gather(placed)
-            offsets += [row.offset for row in placed if row.judgement is not None]
-        mine = [record for record in predictions if record.partition == partition]
-        found = differing_state(store, profiles, partition, logged), topic_difference(offsets, mine, partition)
-        differences += [difference for difference in found if difference is not None]
+    differences: list[Difference] = []
+    for number, end in sorted(ends.items()):
+        part = Partition(number, end, min(end, bus.published.get(number, 0)))
+        differences += differing_partition(log, store, bus, part, default_currency, see)
     for rows in log.without_past():
-        compare(rows, vectors_without_past(rows, layouts))
+        comparison.compare(rows, vectors_without_past(rows, comparison.layouts))
     if audit.ids:
-        differences += audit.differences(log.shared_versions(), log.labels(), store)
-    return Verdict(decisions, skipped, tuple(differences))
+        versions = log.shared_versions()
+        differences += audit.differences(versions, log.labels())
+        state, is_whole = differing_tiles(store, audit, versions, ends)
+        differences += [] if state is None else [state]
+    unpublished = sum(max(0, end - bus.published.get(number, 0)) for number, end in ends.items())
+    return Verdict(
+        comparison.decisions, comparison.judged, comparison.skipped, (*comparison.differences, *differences),
+        unpublished, sum(stop - start for _, start, stop in log.gaps()), is_whole,
+    )  # fmt: skip

@@ -68,14 +68,14 @@ def slow_costs(probability: float, amount: int, policy: Policy) -> dict[Outcome,
 @given(probabilities, amounts, policies)
 def test_the_cheapest_outcome_wins(probability: float, amount: int, policy: Policy) -> None:
     costs = slow_costs(probability, amount, policy)
-    outcome = decide(probability, None if amount < 0 else amount, policy, False)
+    outcome = decide(probability, None if amount < 0 else amount, policy)
     assert costs[outcome] <= min(costs.values()) + 1e-6
 
 
 @given(amounts, policies)
 @settings(max_examples=60)
 def test_more_suspicion_is_never_kinder(amount: int, policy: Policy) -> None:
-    outcomes = decide_all(GRID, np.full(len(GRID), amount), policy, False)
+    outcomes = decide_all(GRID, np.full(len(GRID), amount), policy)
     approved = [outcome is Outcome.APPROVE for outcome in outcomes]
     declined = [outcome is Outcome.DECLINE for outcome in outcomes]
     assert approved == sorted(approved, reverse=True)
@@ -87,12 +87,6 @@ def test_more_suspicion_is_never_kinder(amount: int, policy: Policy) -> None:
 def test_the_least_cost_is_the_lower_edge_of_straight_lines(amount: int, policy: Policy) -> None:
     least = expected_costs(GRID, np.full(len(GRID), amount), policy).min(axis=1)
     assert (np.diff(least, 2) <= 1e-6).all()  # concave
-
-
-@given(probabilities, amounts, policies)
-def test_an_open_breaker_only_turns_declines_into_reviews(probability: float, amount: int, policy: Policy) -> None:
-    closed, opened = (decide(probability, None if amount < 0 else amount, policy, flag) for flag in (False, True))
-    assert opened is (Outcome.REVIEW if closed is Outcome.DECLINE else closed)
 
 
 @given(policies)
@@ -120,5 +114,5 @@ def test_nonsense_is_refused() -> None:
             policy_from_dict(fields)
     for probability in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="between 0 and 1"):
-            decide(probability, 100, Policy(), False)
+            decide(probability, 100, Policy())
     assert len(OUTCOMES) == len(Outcome)

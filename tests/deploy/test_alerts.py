@@ -9,6 +9,7 @@ import promql_parser
 import pytest
 
 from fraud_nb.apps.metrics import WorkerCollector
+from fraud_nb.decision.breaker import Breaker
 from fraud_nb.domain.schema import Outcome
 from fraud_nb.pipeline.stream import Counts
 from tests.deploy.kit import ROOT, compose, documents
@@ -28,7 +29,7 @@ def worker_metrics() -> dict[str, set[str]]:
     """Every series a worker shows, with its labels."""
     counts = Counts()
     counts.outcomes[Outcome.APPROVE], counts.newest_record_ms = 1, 1
-    worker = SimpleNamespace(counts=counts, model=SimpleNamespace(version=1))
+    worker = SimpleNamespace(counts=counts, model=SimpleNamespace(version=1), breaker=Breaker())
     collector = WorkerCollector(worker, SimpleNamespace(labels=0, dead_letters=0))  # type: ignore[arg-type]
     samples = (sample for family in collector.collect() for sample in family.samples)
     return {sample.name: set(sample.labels) for sample in samples}

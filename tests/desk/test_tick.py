@@ -38,6 +38,7 @@ from fraud_nb.apps.dashboard import (
     waterfall_of,
 )
 from fraud_nb.apps.metrics import WorkerCollector, serve_metrics
+from fraud_nb.decision.breaker import Breaker
 from fraud_nb.domain.schema import Reason
 from fraud_nb.pipeline.stream import Counts as Books
 from tests.desk.desk_kit import free_port
@@ -48,7 +49,7 @@ NOW = 1_767_268_800_000
 def alert(ident: str = "t", **given: Any) -> Alert:
     facts = Alert(
         ident, "ada", NOW, NOW, 5_000, "EUR", 5_000, "gold", "luxury", 52_000_000, 13_000_000, 0.5, "review",
-        (Reason("A", "why", 0.7), Reason("B", "also", 0.2)), None, None,
+        False, (Reason("A", "why", 0.7), Reason("B", "also", 0.2)), None, None,
     )  # fmt: skip
     return facts._replace(**given)
 
@@ -132,7 +133,7 @@ def test_quantiles_of_buckets_are_in_the_right_bucket(latencies: list[float], pa
 
 def test_latency_comes_from_the_metrics_of_the_workers() -> None:
     books, port = Books(), free_port()
-    worker: Any = SimpleNamespace(counts=books, model=SimpleNamespace(version=3))
+    worker: Any = SimpleNamespace(counts=books, model=SimpleNamespace(version=3), breaker=Breaker())
     serve_metrics(WorkerCollector(worker, None), port, "127.0.0.1")
     urls = [f"http://127.0.0.1:{port}/metrics", "http://127.0.0.1:1/metrics"]
     latency = Latency(urls)

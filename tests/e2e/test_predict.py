@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +258,36 @@ def test_stateless(shop: Shop, predictor: Predictor) -> None:
     assert one(predictor, asked) == answer == predictor.find("TEST123")
     done = fraud(shop.environment, "replay", "TEST123", "--model", str(shop.model))
     assert done.returncode == 0 and "the request named no customer" in done.stderr
+    shop.check()
+
+
+def test_too_many_declines_are_reviewed(shop: Shop) -> None:
+    """The cap is one for service and worker; what it changed is in the log, and can be made again."""
+    moment, settings = now_ms(), Settings(declines_per_minute=3)
+    dear = [StatelessRequest(f"dear {number}", 150_000, "EUR", "online_retail", None, 2, 3) for number in range(6)]
+    first, second = (open_predictor(settings, shop.addresses, model_in(shop.model)) for _ in range(2))
+    assert first.bench.breaker.declined == {}, "an overview of this minute would hold what other tests declined"
+    answers = [each for each in first.predict(dear[:5], moment) if isinstance(each, Answer)]
+    assert [answer.decision for answer in answers] == [Outcome.DECLINE] * 3 + [Outcome.REVIEW] * 2
+    assert first.predict(dear[:5], moment) == answers, "asked again: the same answer"
+    second.sweep(moment)
+    assert second.bench.breaker.held_back == 2
+    assert one(second, dear[5]).decision is Outcome.REVIEW, "the other process knows what the first one declined"
+    first.close()
+    second.close()
+    purchases = shop.purchases(300)
+    capped = replace(shop, environment=shop.environment | {"FRAUD_DECLINES_PER_MINUTE": "3"})
+    shop.send(purchases, first)
+    with capped.worker():
+        pass
+    ids = "'" + "', '".join(each.transaction_id for each in purchases) + "'"
+    mine = f"FROM decisions WHERE transaction_id IN ({ids})"
+    by_minute = shop.rows(f"SELECT count(*) FILTER (WHERE outcome = 'decline') {mine} GROUP BY record_time / 60000")
+    assert all(declined <= 3 for (declined,) in by_minute)
+    ((held_back,),) = shop.rows(f"SELECT min(transaction_id) {mine} AND held_back")
+    assert held_back is not None
+    done = fraud(shop.environment, "replay", held_back, "--model", str(shop.model))
+    assert done.returncode == 0, done.stderr
     shop.check()
 
 

@@ -1,10 +1,12 @@
 """The guarantee on real servers: kill -9 at every named point, lose Redis, run three workers; one decision each."""
 
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -246,6 +248,61 @@ def test_verify_names_the_first_difference(system: System) -> None:
     assert f"features differs at partition {partition}, offset {offset}" in done.stderr
     with tampering(system.postgres) as cursor:
         cursor.execute(flip)
+
+
+@pytest.mark.parametrize(
+    ("table", "tamper", "undo", "stages"),
+    [
+        ("dead_letters", "partition = partition + 100", "partition = partition - 100", {"lost", "dead-letters"}),
+        ("repeats", "partition = partition + 100", "partition = partition - 100", {"lost"}),
+        ("decisions", *["payload_hash = set_byte(payload_hash, 0, get_byte(payload_hash, 0) # 1)"] * 2, {"payload"}),
+    ],
+)
+def test_verify_accounts_for_every_record(system: System, table: str, tamper: str, undo: str, stages: set[str]) -> None:
+    """A record that the log does not know, or knows otherwise."""
+    ((place, partition, offset),) = system.rows(
+        f'SELECT ctid::text, partition, "offset" FROM {table} WHERE "offset" >= 0 ORDER BY "offset" LIMIT 1'
+    )
+    with tampering(system.postgres) as cursor:
+        cursor.execute(f"UPDATE {table} SET {tamper} WHERE ctid = %s::tid RETURNING ctid::text", (place,))
+        ((moved,),) = cursor.fetchall()
+    done = fraud(system.environment, "verify", "--model", system.model, "--sample", "0")
+    with tampering(system.postgres) as cursor:
+        cursor.execute(f"UPDATE {table} SET {undo} WHERE ctid = %s::tid", (moved,))
+    assert done.returncode == 1
+    assert any(f"{stage} differs at partition {partition}, offset {offset}" in done.stderr for stage in stages)
+    assert f"verify: {len(stages)} mismatches" in done.stderr
+
+
+def test_verify_beside_a_worker(system: System, tmp_path: Path) -> None:
+    """A log that grows while it is recomputed."""
+    command = [sys.executable, "-c", MAIN, "stream", "--model", system.model, "--until-idle", "10"]
+    worker = subprocess.Popen(command, env={**os.environ, **system.environment}, stderr=subprocess.PIPE, text=True)
+    ended = threading.Event()
+
+    def sell() -> None:
+        while not ended.is_set():
+            system.send(100)
+            ended.wait(0.2)
+
+    before = system.rows("SELECT sum(next_offset) FROM progress")
+    seller = threading.Thread(target=sell)
+    seller.start()
+    try:
+        while system.rows("SELECT sum(next_offset) FROM progress") == before:
+            time.sleep(0.1)
+        words = ("verify", "--model", system.model, "--sample", "0.1", "--output", str(tmp_path))
+        done = fraud(system.environment, *words)
+    finally:
+        ended.set()
+        seller.join()
+    _, said = worker.communicate(timeout=90)
+    assert worker.returncode == 0, said
+    assert done.returncode == 0, done.stderr
+    counted = json.loads((tmp_path / "result.json").read_text())
+    assert counted["mismatches"] == 0 and 0 < counted["judged"] < counted["decisions"] / 5
+    assert system.rows("SELECT count(*) FROM decisions")[0][0] > counted["decisions"], "the log has grown meanwhile"
+    system.check()
 
 
 def test_the_writer_cannot_rewrite_history(system: System) -> None:

@@ -147,7 +147,7 @@ def stage(dsn: str, tmp_path: Path) -> Iterator[Stage]:
     handler = Kept()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    (job,) = jobs_of(Settings(retrain_timeout_s=600))
+    job, _ = jobs_of(Settings(retrain_timeout_s=600))
     runs = RunLog(dsn)
     stage = Stage(
         Scheduler(runs, tmp_path, lambda *told: stage.start(*told), lambda: stage.moment,
@@ -372,6 +372,7 @@ def command(servers: Any, dsn: str, tmp_path: Path) -> Command:
             "FRAUD_REDIS": servers.redis,
             "FRAUD_POSTGRES": dsn,
             "FRAUD_RETRAIN_CRON": "off",
+            "FRAUD_VERIFY_CRON": "off",
             "FRAUD_PARTITIONS": "1",
             "PYTHONPATH": str(ROOT),
         },
@@ -448,7 +449,8 @@ def test_there_is_one_scheduler(command: Command) -> None:
         second = fraud(command.environment, "schedule")
         assert second.returncode == 1 and "another scheduler is at work" in second.stderr
         listed = fraud(command.environment, "schedule", "--list")
-        assert listed.returncode == 0 and listed.stdout == "retrain  off  not scheduled  never run\n"
+        assert listed.returncode == 0
+        assert listed.stdout == "".join(f"{job}  off  not scheduled  never run\n" for job in ("retrain", "verify"))
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
             assert 'fraud_job_runs_total{job="retrain",outcome="failed"} 0.0' in answer.read().decode()
     finally:

@@ -170,7 +170,7 @@ def test_saved_is_the_sum_over_decisions(policy: Policy) -> None:
     amounts = np.where(rng.random(300) < 0.1, -1, rng.integers(0, 200_000, 300))
     paid, saved = msgspec.structs.replace(policy, alert_price_minor=0), 0.0
     for probability, amount, fraud in zip(probabilities.tolist(), amounts.tolist(), is_fraud.tolist(), strict=True):
-        outcome = decide(probability, None if amount < 0 else amount, policy, False)
+        outcome = decide(probability, None if amount < 0 else amount, policy)
         costs = expected_costs(np.array([float(fraud)]), np.array([amount]), paid)[0]
         saved += costs[0] - costs[OUTCOMES.index(outcome)]
     assert saved_minor(probabilities, amounts, is_fraud, policy) == pytest.approx(saved)
@@ -179,7 +179,7 @@ def test_saved_is_the_sum_over_decisions(policy: Policy) -> None:
 def test_saved_by_hand() -> None:
     """A fraud of 100 EUR reviewed: nine tenths of amount and fee stay, the review costs 3 EUR. A coffee is approved."""
     probabilities, amounts = np.array([0.3, 0.0001]), np.array([10_000, 300])
-    assert decide(0.3, 10_000, Policy(), False) is Outcome.REVIEW
+    assert decide(0.3, 10_000, Policy()) is Outcome.REVIEW
     saved = saved_minor(probabilities, amounts, np.array([True, False]), Policy())
     assert saved == pytest.approx(0.9 * (10_000 + 1_500) - 300)
 

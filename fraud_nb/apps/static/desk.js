@@ -188,7 +188,7 @@ function queue(choose) {
       row.tabIndex = alert.id === chosen || (place === 0 && !order.includes(chosen)) ? 0 : -1;
       meter.style.width = `${(100 * alert.probability).toFixed(1)}%`;
       say(risk, alert.risk);
-      say(cells[0], age(now - alert.recorded_ms)); say(cells[1], alert.amount); say(cells[3], alert.loss); say(cells[4], alert.outcome);
+      say(cells[0], age(now - alert.recorded_ms)); say(cells[1], alert.amount); say(cells[3], alert.loss); say(cells[4], alert.told);
       say(cells[5], alert.what); say(cells[6], alert.why); say(cells[7], alert.verdict);
       cells[6].title = alert.why;
     });
@@ -324,7 +324,7 @@ function caseOf(give) {
       }
       made.dataset.id = shown.id;
       made.dataset.verdict = shown.verdict;
-      say(amount, shown.amount); say(outcome, shown.outcome);
+      say(amount, shown.amount); say(outcome, shown.told);
       say(about, `${shown.risk} fraud probability · expected loss ${shown.loss} · ${shown.id}`);
       buttons.forEach((button) => button.setAttribute("aria-pressed", String(shown.verdict !== "" && button.dataset.says === shown.verdict)));
       if (!shown.problem && shown.said.length && shown.said[0][3] === note.value) note.value = "";

@@ -254,9 +254,7 @@ class Crew:
             self.kill(number)
 
     def finish(self, rounds: int) -> None:
-        """Who sleeps is missed, and wakes; everybody works until there is nothing more to do."""
-        self.expel()
-        self.all_work(3, 100)
+        """Everybody wakes and works, until there is nothing more to do."""
         before = None
         for _ in range(rounds):
             for number in range(len(self.members)):

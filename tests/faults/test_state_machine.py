@@ -267,7 +267,13 @@ class Machine(RuleBasedStateMachine):
         assert len(set(told)) == len(told), "a decision was published twice"
 
     def teardown(self) -> None:
-        """Nothing is missing, doubled or otherwise than it must be."""
+        """Who sleeps is missed, and wakes when others have gone on; then nothing is missing, doubled or otherwise."""
+        if (
+            self.crew.sleepers() or self.history
+        ):  # who idles before the first purchase learns of history by a claim only
+            self.crew.expel()
+            self.buy(8)
+            self.crew.all_work(3, 100)
         self.crew.finish(ROUNDS)
         check(self.truth, self.crew.found(), same_words=not self.is_set_back)
         verdict = verify(

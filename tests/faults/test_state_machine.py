@@ -13,7 +13,7 @@ from functools import wraps
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, Phase, note, settings
+from hypothesis import HealthCheck, Phase, currently_in_test_context, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -76,7 +76,8 @@ def scene(**arguments: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]]
         def play(machine: "Machine", bought: int, work: Work | None, **drawn: Any) -> None:
             machine.buy(bought)
             happens(machine, **drawn)
-            if work is not None and (point := machine.crew.work(*work)):
+            point = machine.crew.work(*work) if work is not None else ""
+            if point and work and currently_in_test_context():
                 note(f"# at {point}, {'killed' if work.trap and work.trap.kills else 'asleep'}:")
 
         return rule(bought=st.sampled_from(range(4)), work=somebody_works, **arguments)(play)
@@ -332,4 +333,17 @@ def test_a_store_from_before_the_history_is_not_believed(world: World) -> None:
     for _ in range(4):
         play.everybody_works(bought=3, work=None, batch_size=100)
     play.set_store_back(bought=6, work=None, place=0)
+    play.teardown()
+
+
+@pytest.mark.parametrize("passes", range(1, 6))
+def test_a_sleeper_who_wakes_when_others_have_gone_on_changes_nothing(world: World, passes: int) -> None:
+    """At every step of a batch, the one between the commit and the store among them."""
+    play = world.play()
+    play.begin(seed=5, is_claimed=True, history=0)
+    play.nothing_else(bought=12, work=Work(0, "decide", 3, 2, Trap(passes, kills=False)))
+    play.expel(bought=12, work=None)
+    play.everybody_works(bought=12, work=None, batch_size=100)
+    play.everybody_works(bought=0, work=None, batch_size=100)
+    play.wake(bought=0, work=None, place=0)
     play.teardown()

@@ -58,7 +58,7 @@ from ..features.fold import fold
 from ..features.profile import Profiles, StateCodecError
 from ..features.tiles import Readings, Tiles
 from ..features.windows import MINUTE_MS, Events, events_of
-from .sharing import Sharing, close_version, told_now
+from .sharing import Sharing, close_version, forget_lost, told_now
 
 # %% ../../nbs/51_stream.ipynb #424dd032
 FUTURE_MS = 5 * MINUTE_MS  # shops' clocks run a little fast
@@ -398,7 +398,7 @@ def roll_forward(
     watermark = store.watermark(partition)
     if watermark == logged > 0:
         return
-    if watermark is None or watermark > logged or logged == 0:  # at 0, history may have been put under us
+    if not watermark or watermark > logged:  # at 0, history may have been put under it since
         store.wipe(partition)
         failpoint("wiped")
         watermark = None
@@ -506,8 +506,11 @@ def take_over(worker: Worker) -> None:
             worker.source.seek(partition, min(worker.published[partition], logged))
         except OffsetGap as gap:
             step_over(worker, gap)
-    if worker.sharing is not None and 0 in worker.claims:
-        close_version(worker.sharing, worker.claims[0].epoch)
+    if worker.sharing is not None:
+        if 0 in worker.claims:
+            close_version(worker.sharing, worker.claims[0].epoch)
+        else:
+            forget_lost(worker.sharing)
     worker.generation = generation
 
 

@@ -28,13 +28,13 @@ MAIN = "import sys; from fraud_nb.apps.cli import main; sys.exit(main())"
 SHOPS = ("books", "shoes", "wine\\bar", 'qu"ote', "tür")
 
 
-def purchase(rng: random.Random, number: int, now: int) -> Transaction:
+def purchase(rng: random.Random, number: int, now: int, customers: int = CUSTOMERS) -> Transaction:
     """A purchase of one of the customers, sometimes late, sometimes without the optional fields."""
     late = rng.choice((0, 0, 0, 0, MINUTE_MS, DAY_MS, 40 * DAY_MS, 100 * DAY_MS))
     told = rng.random() < 0.8
     return Transaction(
         f"t{number:06d}",
-        f"customer {rng.randrange(CUSTOMERS)}",
+        f"customer {rng.randrange(customers)}",
         now - late,
         rng.choice((0, 1, rng.randrange(100, 20_000), 10**9)),
         rng.choice(("EUR", "EUR", "EUR", "JPY")),  # no rate for JPY: the amount is missing

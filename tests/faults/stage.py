@@ -20,7 +20,6 @@ from urllib.parse import urlsplit
 import psycopg2
 import redis
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
-from kafka.partitioner.default import murmur2
 
 from fraud_nb.adapters import servers as embedded
 from fraud_nb.adapters.kafka_bus import (
@@ -41,7 +40,7 @@ from fraud_nb.features.catalogue import FEATURE_NAMES
 from tests.conftest import quiet, running_servers
 from tests.e2e.stream_kit import MAIN, hostile_labels, hostile_stream, produce
 from tests.faults.proxy import Proxy
-from tests.faults.truth import Found, Truth, check, label_in
+from tests.faults.truth import Found, Truth, check, found_in_log, label_in
 
 PARTITIONS = 4
 PATIENCE_S = 150.0  # overdue, on two busy cores
@@ -294,14 +293,13 @@ class Stage:
             if (each.partition, each.offset) not in gone:
                 records.setdefault((each.partition, each.offset), each)
         for _, record in sorted(records.items()):
-            truth.learn(record, (murmur2(record.key or b"") & 0x7FFFFFFF) % PARTITIONS)
+            truth.learn(record, PARTITIONS)
         truth.claims = [label_in(record.value) for record in read_topic(self.direct.kafka, LABELS)]
         return truth
 
     def found(self) -> Found:
         """What the system says there is."""
-        ends, progress, committed = self.standing()
-        versions = self.rows("SELECT version, progress, label_seq, clock FROM shared_versions")
+        ends, _, committed = self.standing()
         store, watermarks, profiles = self.redis, {}, {}
         for partition in range(PARTITIONS):
             prefix = f"fraud:{{{partition}}}:"
@@ -309,22 +307,15 @@ class Stage:
             keys = sorted(store.scan_iter(f"{prefix}c:*", 1_000))
             for key, content in zip(keys, store.mget(keys) if keys else [], strict=True):
                 profiles[partition, key.decode().removeprefix(f"{prefix}c:")] = content
-        columns = 'transaction_id, partition, "offset", features, outcome, shared_version, shared'
         return Found(
-            self.rows(f"SELECT {columns} FROM decisions"),
-            FEATURE_NAMES,
-            self.rows('SELECT partition, "offset" FROM dead_letters'),
-            self.rows('SELECT partition, "offset" FROM repeats'),
-            progress,
-            {version: (ends_then, labels, clock) for version, ends_then, labels, clock in versions},
-            int(self.rows("SELECT count(*) FROM labels")[0][0]),
-            self.rows("SELECT partition, start, stop FROM gaps ORDER BY 1, 2"),
-            committed,
-            ends,
-            read_topic(self.direct.kafka, PREDICTIONS),
-            read_topic(self.direct.kafka, DEAD_LETTERS),
-            watermarks,
-            profiles,
+            **found_in_log(self.rows),
+            feature_names=FEATURE_NAMES,
+            committed=committed,
+            ends=ends,
+            predictions=read_topic(self.direct.kafka, PREDICTIONS),
+            letters=read_topic(self.direct.kafka, DEAD_LETTERS),
+            watermarks=watermarks,
+            profiles=profiles,
         )
 
 

@@ -27,8 +27,8 @@ class Running(NamedTuple):
     addresses: Any  # `.kafka`, `.redis`, `.postgres`
 
 
-def running_servers() -> Iterator[Running]:
-    """Real Kafka, Valkey and PostgreSQL on loopback."""
+def running_servers(**elsewhere: str) -> Iterator[Running]:
+    """Real Kafka, Valkey and PostgreSQL on loopback, without those that are said to be elsewhere."""
     from fraud_nb.adapters.servers import down, up
 
     # Not pytest's own folder: as root, PostgreSQL runs as `nobody`, who may not enter that one.
@@ -36,9 +36,15 @@ def running_servers() -> Iterator[Running]:
         home = Path(folder)
         home.chmod(0o755)
         try:
-            yield Running(home, up(home, quiet))
+            yield Running(home, up(home, quiet, **elsewhere))
         finally:
             down(home, quiet)
+
+
+def postgres_alone() -> Iterator[str]:
+    """DSN of the owner; where the other servers would be, nothing listens, so they are not started."""
+    with contextmanager(running_servers)(kafka="127.0.0.1:1", redis="redis://127.0.0.1:1") as running:
+        yield running.addresses.postgres
 
 
 @pytest.fixture(scope="session")

@@ -129,6 +129,21 @@ def test_change_between_watch_and_exec_is_fenced(servers: Any, monkeypatch: pyte
     assert store.load(0, ["ada"]) == (9, [None])
 
 
+def test_half_a_wipe_is_never_believed(servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = redis.Redis.from_url(servers.redis)
+    client.flushdb()
+    store = RedisStateStore(servers.redis)
+    store.save({0: (None, 3)}, {(0, "ada"): b"profile"})
+
+    def broken(*words: Any) -> None:
+        raise redis.ConnectionError
+
+    monkeypatch.setattr(store._redis, "scan", broken)
+    with pytest.raises(StoreUnavailable):
+        store.wipe(0)
+    assert store.watermark(0) is None
+
+
 def test_evicting_server_is_refused(servers: Any) -> None:
     client = redis.Redis.from_url(servers.redis)
     client.config_set("maxmemory-policy", "allkeys-lru")

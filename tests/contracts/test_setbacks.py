@@ -12,6 +12,10 @@ from fraud_nb.adapters.kafka_bus import KafkaSource, create_topics, topic_id
 from fraud_nb.adapters.ports import BusUnavailable, Fenced, OffsetGap, StoreUnavailable
 from fraud_nb.adapters.postgres import LogReader, OtherTopic, PostgresLog
 from fraud_nb.adapters.redis_store import RedisStateStore
+from fraud_nb.adapters.servers import Addresses
+from fraud_nb.apps.parts import open_worker
+from fraud_nb.decision.judge import Model
+from fraud_nb.domain.config import Settings
 from fraud_nb.pipeline.stream import step
 from tests.conftest import tampering
 from tests.contracts.worker_kit import (
@@ -104,6 +108,15 @@ def test_a_log_knows_its_topic(postgres: str) -> None:
     log.close()
 
 
+def test_no_worker_starts_on_another_topic(servers: Any, postgres: str, model: Model) -> None:
+    create_topics(servers.kafka, PARTITIONS)
+    log = PostgresLog(postgres)
+    log.check_topic("transactions", "one that had the same name")
+    log.close()
+    with pytest.raises(OtherTopic, match="made anew"):
+        open_worker(Settings(), Addresses(servers.kafka, servers.redis, postgres), model)
+
+
 def test_a_sleeping_client_keeps_no_lock_for_long(postgres: str) -> None:
     log = PostgresLog(postgres)
     with log._transaction() as cursor:
@@ -141,7 +154,7 @@ def test_nobody_waits_for_a_silent_server(servers: Any, alone: str, postgres: st
 
 
 def test_a_consumer_that_brings_nothing_is_exchanged(servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    create_topics(servers.kafka, 4)
+    create_topics(servers.kafka, PARTITIONS)
     assert len(topic_id(servers.kafka, "transactions")) == 36
     source = KafkaSource(servers.kafka, group="stalls")
     while not source.assigned():

@@ -9,7 +9,7 @@ import pytest
 
 from fraud_nb.adapters.kafka_bus import murmur2_partitions
 from fraud_nb.adapters.memory import MemorySink, MemorySource
-from fraud_nb.adapters.ports import BusUnavailable, Fenced, Outgoing, StoreUnavailable
+from fraud_nb.adapters.ports import BusUnavailable, Fenced, Outgoing, StoreUnavailable, Unavailable
 from fraud_nb.adapters.postgres import AnswerLog, HistoryLoader, LabelLog, Logged
 from fraud_nb.decision.judge import Model
 from fraud_nb.domain.money import Rates
@@ -174,19 +174,24 @@ class Counter:
 
 
 class Service:
-    """The second way in, beside the worker."""
+    """The second way in, beside the worker; the log and the topic may be away."""
 
     def __init__(self, worker: Rehearsal, postgres: str, model: Model) -> None:
-        self.clock_s, self.counter = 0.0, Counter()
-        log, store = self.link(lambda: AnswerLog(postgres)), self.link(lambda: worker.store)
-        self.outbox = Outbox(self.link(lambda: self.counter))
+        self.clock_s, self.counter, self.away = 0.0, Counter(), set[str]()
+        log, store = self.link(lambda: AnswerLog(postgres), "log"), self.link(lambda: worker.store)
+        self.outbox = Outbox(self.link(lambda: self.counter, "topic"))
         ends = self.link(lambda: lambda: {part: len(each) for part, each in enumerate(worker.source.records)})
         self.watch = Watch(log, store, ends, self.outbox, PARTITIONS)
         bench = Bench(store, self.watch.freshness, PARTITIONS, murmur2_partitions, Rates())
         self.predictor = Predictor(log, log, bench, self.outbox, self.watch, model)
 
-    def link(self, connect: Any) -> Any:
-        return Link(connect, lambda: self.clock_s)
+    def link(self, connect: Any, name: str = "") -> Any:
+        def connected() -> Any:
+            if name in self.away:
+                raise Unavailable(f"{name}: away")
+            return connect()
+
+        return Link(connected, lambda: self.clock_s)
 
     def ask(self, number: int, shop: str = "books") -> Answer | IdConflict:
         """About one of ada's purchases, at its own time."""
@@ -270,6 +275,24 @@ def test_what_the_topic_never_got_is_handed_over_again(worker: Rehearsal, servic
     service.outbox.posted.clear()
     assert service.predictor.sweep(purchase(0).event_time + 60_000) == 1
     assert service.handed_over() == [first] and first.value == encode(purchase(0))
+
+
+def test_what_is_not_in_the_log_is_advice(worker: Rehearsal, service: Service) -> None:
+    """It travels with the purchase, and the worker keeps it beside its own decision; nobody to take it: no answer."""
+    service.away.add("log")
+    said = service.ask(0)
+    assert isinstance(said, Answer) and not said.recorded
+    (sent,) = service.handed_over()
+    worker.source.append(sent.value, sent.key, sent.partition or 0, sent.headers, purchase(0).event_time)
+    work(worker)
+    (row,) = rows(worker)
+    assert row.origin == "stream" and row.advice is not None and said.decision.value in row.advice
+    assert worker.counts.advised == 1 and differences(worker) == []
+    service.away.add("topic")
+    service.clock_s += 10
+    service.outbox.clerk = service.link(lambda: service.counter, "topic")
+    with pytest.raises(Unavailable, match="topic"):
+        service.ask(1)
 
 
 def labels_of(count: int, source: MemorySource) -> None:

@@ -516,6 +516,14 @@ THE_BUS = (
         "            if cursor.fetchone() is None:\n",
         f"{SETBACKS}::test_a_log_knows_its_topic",
     ),
+    mutant(
+        "a worker does not ask which topic it reads",
+        "records at places that the log has are never decided",
+        "apps/parts.py",
+        "    log.check_topic(TRANSACTIONS, topic_id(found.kafka, TRANSACTIONS))\n",
+        "",
+        f"{SETBACKS}::test_no_worker_starts_on_another_topic",
+    ),
 )
 
 WHO_IS_LET_IN = (
@@ -566,6 +574,14 @@ WHO_IS_LET_IN = (
         '    if event["event_time"] <= newest - HORIZON_MS:\n        return True\n',
         "",
         f"{FOLD}::test_horizon_edge",
+    ),
+    mutant(
+        "a customer who buys without end is remembered without end",
+        "one hot key fills the memory of worker and store",
+        "features/profile.py",
+        "    if count - leaving == MAX_EVENTS:\n",
+        "    if count - leaving == -MAX_EVENTS:\n",
+        f"{FOLD}::test_cap_of_events",
     ),
     mutant(
         "a purchase is learned before it is judged",
@@ -640,6 +656,38 @@ OVER_HTTP = (
         "        if posted is None:\n            return True\n",
         "        if posted is None:\n            return False\n",
         f"{WORKER}::test_what_the_topic_never_got_is_handed_over_again",
+    ),
+    mutant(
+        "advice is said to be recorded",
+        "a shop relies on an answer that the log does not have",
+        "pipeline/predict.py",
+        "            stands, recorded = {row.transaction.transaction_id: row for row in rows}, False\n",
+        "            stands, recorded = {row.transaction.transaction_id: row for row in rows}, True\n",
+        f"{WORKER}::test_what_is_not_in_the_log_is_advice",
+    ),
+    mutant(
+        "advice is given before the topic has the purchase",
+        "nobody ever learns of it, when the topic is away too",
+        "pipeline/predict.py",
+        "            self.outbox.post(full, now_ms, said, to_the_end=True).result()\n",
+        "            self.outbox.post(full, now_ms, said, to_the_end=True)\n",
+        f"{WORKER}::test_what_is_not_in_the_log_is_advice",
+    ),
+    mutant(
+        "the worker forgets the advice that was given",
+        "nobody learns that a shop was told otherwise",
+        "pipeline/stream.py",
+        "            advice=advice_of(record),\n",
+        "            advice=None,\n",
+        f"{WORKER}::test_what_is_not_in_the_log_is_advice",
+    ),
+    mutant(
+        "the service takes more than it can answer in time",
+        "everybody waits, and nobody is answered",
+        "apps/service.py",
+        "        if self._queue.qsize() >= MAX_WAITING:\n            raise Overloaded\n",
+        "",
+        "tests/service/test_door.py::test_too_many_askers_are_sent_away",
     ),
 )
 
@@ -760,6 +808,14 @@ MODELS = (
         f"{BUNDLE}::test_another_model_under_the_old_golden_scores_is_refused",
     ),
     mutant(
+        "a feature may mean something else than in training",
+        "the model judges by numbers it has never seen",
+        "decision/bundle.py",
+        "        if fingerprint != known[name]:\n",
+        "        if not fingerprint:\n",
+        f"{BUNDLE}::test_a_feature_that_means_something_else_by_now_is_refused",
+    ),
+    mutant(
         "a model is let in unopened",
         "every worker finds out by itself that it crashes",
         "adapters/ledger.py",
@@ -774,6 +830,14 @@ MODELS = (
         "        except (BundleError, InvalidPolicy, NoSuchModel) as error:\n",
         "        except NoSuchModel as error:\n",
         f"{ADMISSION}::test_the_last_good_model_stays",
+    ),
+    mutant(
+        "a job is started beside itself",
+        "two retrains promote against each other",
+        "adapters/ledger.py",
+        "            if not self._take(cursor, job):\n                return None\n",
+        "",
+        "tests/jobs/test_schedule.py::test_a_job_that_runs_elsewhere_is_skipped",
     ),
 )
 

@@ -1,13 +1,17 @@
 """A worker whose log is real and whose bus and store are doubles, and what it did."""
 
 from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
 
 from fraud_nb.adapters.kafka_bus import murmur2_partitions
 from fraud_nb.adapters.memory import MemorySink, MemorySource, MemoryStateStore
 from fraud_nb.adapters.ports import Outgoing, Record
-from fraud_nb.adapters.postgres import PostgresLog
+from fraud_nb.adapters.postgres import Logged, PostgresLog
 from fraud_nb.decision.judge import Model
 from fraud_nb.domain.schema import Transaction, encode
+from fraud_nb.features.catalogue import FEATURE_NAMES
 from fraud_nb.pipeline.stream import Worker, step
 from fraud_nb.pipeline.verify import Difference, verify
 from tests.e2e.stream_kit import NOON
@@ -72,3 +76,25 @@ def differences(worker: Rehearsal, published: Iterable[Outgoing] | None = None) 
         if each.topic == "predictions"
     ]
     return list(verify(worker.log, worker.store, predictions, lambda _: worker.model).differences)
+
+
+def feature(row: Logged, name: str) -> float:
+    """One of those that a decision was made from."""
+    assert row.judgement is not None
+    return float(np.frombuffer(row.judgement.features, np.float32)[FEATURE_NAMES.index(name)])
+
+
+def rows(worker: Rehearsal) -> list[Logged]:
+    """Ada's, by offset."""
+    return [row for page in worker.log.read(HOME, -99, 99) for row in page]
+
+
+def failing_once(port: Any, name: str, error: Exception) -> None:
+    """The next call of this method fails before it does anything."""
+    method = getattr(port, name)
+
+    def fail(*words: Any) -> None:
+        setattr(port, name, method)
+        raise error
+
+    setattr(port, name, fail)

@@ -6,7 +6,8 @@ A patch is text of an exported module, there exactly once, and what stands there
 from dataclasses import dataclass
 
 LOG, STORES, BUS = "tests/contracts/test_log.py", "tests/contracts/test_stores.py", "tests/contracts/test_bus.py"
-WORKER, VERIFY, SETBACKS = (f"tests/contracts/test_{name}.py" for name in ("worker", "verify", "setbacks"))
+WORKER, ANSWERS, INTAKE = (f"tests/contracts/test_{name}.py" for name in ("worker", "answers", "intake"))
+VERIFY, SETBACKS = "tests/contracts/test_verify.py", "tests/contracts/test_setbacks.py"
 VERSIONS, ADMISSION = "tests/contracts/test_versions.py", "tests/contracts/test_admission.py"
 LEDGER, ROLES = "tests/contracts/test_ledger.py", "tests/contracts/test_roles.py"
 BUNDLE, FOLD, TILES = (
@@ -118,7 +119,7 @@ THE_LOG = (
         "pipeline/stream.py",
         "fresh = [index for index, arrival in enumerate(arrivals) if not arrival.is_decided]",
         "fresh = list(range(len(arrivals)))",
-        f"{WORKER}::test_what_was_asked_is_placed_and_learned_once",
+        f"{ANSWERS}::test_what_was_asked_is_placed_and_learned_once",
     ),
     mutant(
         "the database lets a decision move to another place",
@@ -607,7 +608,7 @@ OVER_HTTP = (
         "pipeline/predict.py",
         "    if row.payload_hash != asked:\n",
         "    if not asked:\n",
-        f"{WORKER}::test_the_first_decision_stands_whoever_made_it",
+        f"{ANSWERS}::test_the_first_decision_stands_whoever_made_it",
     ),
     mutant(
         "a conflict is no 409",
@@ -623,7 +624,7 @@ OVER_HTTP = (
         "pipeline/predict.py",
         "                stands |= log.stored([row.transaction.transaction_id for row in fresh])\n",
         "                stands |= {row.transaction.transaction_id: row for row in fresh}\n",
-        f"{WORKER}::test_what_was_asked_is_placed_and_learned_once",
+        f"{ANSWERS}::test_the_first_decision_stands_whoever_made_it",
     ),
     mutant(
         "a past that cannot be read is an empty one",
@@ -631,7 +632,7 @@ OVER_HTTP = (
         "pipeline/predict.py",
         "    if cold.any():\n",
         "    if cold.all() and not len(cold):\n",
-        f"{WORKER}::test_what_cannot_be_read_is_missing_and_never_zero",
+        f"{ANSWERS}::test_what_cannot_be_read_is_missing_and_never_zero",
     ),
     mutant(
         "what nobody has looked at is fresh",
@@ -639,7 +640,7 @@ OVER_HTTP = (
         "pipeline/predict.py",
         "        return age_ms is None or age_ms > STALE_MS\n",
         "        return age_ms is not None and age_ms > STALE_MS\n",
-        f"{WORKER}::test_what_is_behind_says_so",
+        f"{ANSWERS}::test_what_is_behind_says_so",
     ),
     mutant(
         "the service never says that the worker is behind",
@@ -647,7 +648,7 @@ OVER_HTTP = (
         "pipeline/predict.py",
         "        return age_ms is None or age_ms > STALE_MS\n",
         "        return age_ms is None\n",
-        f"{WORKER}::test_what_is_behind_says_so",
+        f"{ANSWERS}::test_what_is_behind_says_so",
     ),
     mutant(
         "what a dead service left is not handed over",
@@ -655,7 +656,7 @@ OVER_HTTP = (
         "pipeline/predict.py",
         "        if posted is None:\n            return True\n",
         "        if posted is None:\n            return False\n",
-        f"{WORKER}::test_what_the_topic_never_got_is_handed_over_again",
+        f"{ANSWERS}::test_what_the_topic_never_got_is_handed_over_again",
     ),
     mutant(
         "advice is said to be recorded",
@@ -663,7 +664,7 @@ OVER_HTTP = (
         "pipeline/predict.py",
         "            stands, recorded = {row.transaction.transaction_id: row for row in rows}, False\n",
         "            stands, recorded = {row.transaction.transaction_id: row for row in rows}, True\n",
-        f"{WORKER}::test_what_is_not_in_the_log_is_advice",
+        f"{ANSWERS}::test_what_is_not_in_the_log_is_advice",
     ),
     mutant(
         "advice is given before the topic has the purchase",
@@ -671,7 +672,7 @@ OVER_HTTP = (
         "pipeline/predict.py",
         "            self.outbox.post(full, now_ms, said, to_the_end=True).result()\n",
         "            self.outbox.post(full, now_ms, said, to_the_end=True)\n",
-        f"{WORKER}::test_what_is_not_in_the_log_is_advice",
+        f"{ANSWERS}::test_what_is_not_in_the_log_is_advice",
     ),
     mutant(
         "the worker forgets the advice that was given",
@@ -679,7 +680,7 @@ OVER_HTTP = (
         "pipeline/stream.py",
         "            advice=advice_of(record),\n",
         "            advice=None,\n",
-        f"{WORKER}::test_what_is_not_in_the_log_is_advice",
+        f"{ANSWERS}::test_what_is_not_in_the_log_is_advice",
     ),
     mutant(
         "the service takes more than it can answer in time",
@@ -714,7 +715,7 @@ LABELS_AND_SHOPS = (
         "pipeline/intake.py",
         "ahead = [record for record in records if record.offset >= intake.claim.next_offset]",
         "ahead = records",
-        f"{WORKER}::test_labels_are_numbered_once",
+        f"{INTAKE}::test_labels_are_numbered_once",
     ),
     mutant(
         "labels that a log has forgotten are not read again",
@@ -722,7 +723,7 @@ LABELS_AND_SHOPS = (
         "pipeline/intake.py",
         "intake.source.seek(0, min(intake.source.committed(0), intake.claim.next_offset))",
         "intake.source.seek(0, intake.source.committed(0))",
-        f"{WORKER}::test_labels_that_a_log_forgot_are_taken_in_again",
+        f"{INTAKE}::test_labels_that_a_log_forgot_are_taken_in_again",
     ),
     mutant(
         "a label counts before its time",

@@ -171,6 +171,7 @@ def test_published_with_offsets(bus: Bus) -> None:
     join(bus)
     assert (bus.source.committed(0), bus.source.committed(1)) == (0, 0)
     bus.sink.publish(outgoing(bus, b"a", b"b"), {0: 2}, bus.source.generation())
+    assert (bus.source.committed(0), bus.source.committed(1)) == (2, 0)
     bus.sink.publish(outgoing(bus, b"c"), {0: 2, 1: 0}, bus.source.generation())
     bus.sink.publish([], {0: 1}, bus.source.generation())
     assert bus.published() == [b"a", b"b", b"c"]

@@ -265,8 +265,10 @@ THE_STORE = (
         "profiles are read whatever the watermark is",
         "whoever was a customer a moment ago is a new one",
         "pipeline/stream.py",
-        "        if found != watermark:\n",
-        "        if found is None and watermark is None and not profiles_found:\n",
+        "        if found != watermark:\n"
+        '            raise Fenced(f"the watermark of partition {partition} is not the expected one")\n'
+        "        profiles.slots(missing)",
+        "        profiles.slots(missing)",
         f"{STORES}::test_an_emptied_store_is_not_a_store_of_strangers[memory]",
     ),
     mutant(
@@ -630,8 +632,8 @@ OVER_HTTP = (
         "a past that cannot be read is an empty one",
         "everybody is a new customer while Redis is away",
         "pipeline/predict.py",
-        "    if cold.any():\n",
-        "    if cold.all() and not len(cold):\n",
+        "    if cold.any():\n        vectors[cold] = fold_blind(events[cold], known.told[cold])\n",
+        "",
         f"{ANSWERS}::test_what_cannot_be_read_is_missing_and_never_zero",
     ),
     mutant(
@@ -769,8 +771,8 @@ LABELS_AND_SHOPS = (
         "tiles are moved on whoever else moves them",
         "two builders mix their tiles",
         "pipeline/sharing.py",
-        "    if watermark != expected:\n",
-        "    if watermark is None and expected is not None:\n",
+        '    if watermark != expected:\n        raise Fenced("shared tiles: somebody else moves them")\n',
+        "",
         f"{VERSIONS}::test_a_builder_who_was_overtaken_is_fenced",
     ),
     mutant(

@@ -6,6 +6,7 @@ share are the same. `--only 3,7` tries these again.
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -80,11 +81,22 @@ def tried(tree: Path, tests: Sequence[str], seconds: float = SELECTION_S) -> Out
     return Outcome(f"exit code {child.returncode} and no test that failed: {last_words}"[:500])
 
 
+def needed(file: Path, root: Path) -> set[Path]:
+    """A file of tests, what it imports of tests, and what that imports."""
+    found, new = set[Path](), {file}
+    while new:
+        found |= new
+        modules = {name for each in new for name in re.findall(r"^ *from (tests\S+) import", each.read_text(), re.M)}
+        new = {root / f"{name.replace('.', '/')}.py" for name in modules} - found
+    return found
+
+
 def code(mutant: Mutant, root: Path) -> str:
     """What is tried, and on what."""
     selected = {root / test.partition("::")[0] for test in mutant.tests}
-    shared = {file for file in (root / "tests").rglob("*.py") if not file.name.startswith(("test_", "muta"))}
-    return code_of({*(root / "fraud_nb").rglob("*.py"), *selected, *shared}, repr(mutant))
+    fixtures = {folder / "conftest.py" for file in selected for folder in (root / "tests", file.parent)}
+    tests = {each for file in selected | {file for file in fixtures if file.exists()} for each in needed(file, root)}
+    return code_of({*(root / "fraud_nb").rglob("*.py"), *tests}, repr(mutant))
 
 
 class Trial:

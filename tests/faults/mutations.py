@@ -226,7 +226,7 @@ THE_STORE = (
         "a zombie overwrites profiles, if it is quick",
         "adapters/redis_store.py",
         "                pipe.watch(*keys)\n",
-        "",
+        '                pipe.watch(b"another key")\n',
         f"{STORES}::test_change_between_watch_and_exec_is_fenced",
     ),
     mutant(
@@ -277,7 +277,7 @@ THE_STORE = (
         "pipeline/stream.py",
         '            store.wipe(partition)\n            raise Fenced(f"profiles',
         '            raise Fenced(f"profiles',
-        f"{STORES}::test_profiles_of_another_codec_are_rebuilt[memory]",
+        f"{STORES}::test_profiles_of_another_codec_are_rebuilt",
     ),
     mutant(
         "profiles of any codec are read",
@@ -285,7 +285,15 @@ THE_STORE = (
         "features/profile.py",
         "    if any(each[:1] != _VERSION for each in stored):\n",
         "    if any(not each for each in stored):\n",
-        f"{STORES}::test_profiles_of_another_codec_are_rebuilt[memory]",
+        f"{STORES}::test_profiles_of_another_codec_are_rebuilt",
+    ),
+    mutant(
+        "profiles that were cut short end the worker",
+        "it cannot begin again, as it meets them again",
+        "features/profile.py",
+        "    if (sizes % dtype.itemsize).any():\n",
+        "    if (sizes < 0).any():\n",
+        f"{STORES}::test_profiles_of_another_codec_are_rebuilt",
     ),
     mutant(
         "a store that is ahead of the log is believed",

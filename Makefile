@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dashboard bento bench bench-quality faults export lab test clean
+.PHONY: help setup demo dashboard bento bench bench-quality faults mutants export lab test clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -43,6 +43,9 @@ bench-quality: setup ## detection quality on the Handbook's payments, beside the
 
 faults: setup ## pull every plug, and prove that nothing is lost or twice (SEEDS=20 ONLY=1,5; goes on where it stopped)
 	@$(BIN)/python -m tests.faults.run --seeds $(or $(SEEDS),3) --only "$(ONLY)"
+
+mutants: setup ## take one safety mechanism out at a time, and see that the tests notice (ONLY=3,7; half an hour)
+	@$(BIN)/python -m tests.faults.mutants --only "$(ONLY)"
 
 bento: setup ## package the prediction service with the champion inside, for `bentoml serve`
 	@$(BIN)/fraud bento

@@ -171,6 +171,7 @@ def test_published_with_offsets(bus: Bus) -> None:
     join(bus)
     assert (bus.source.committed(0), bus.source.committed(1)) == (0, 0)
     bus.sink.publish(outgoing(bus, b"a", b"b"), {0: 2}, bus.source.generation())
+    assert (bus.source.committed(0), bus.source.committed(1)) == (2, 0)
     bus.sink.publish(outgoing(bus, b"c"), {0: 2, 1: 0}, bus.source.generation())
     bus.sink.publish([], {0: 1}, bus.source.generation())
     assert bus.published() == [b"a", b"b", b"c"]
@@ -188,6 +189,8 @@ def test_expelled_member_is_fenced_and_begins_again(bus: Bus) -> None:
     with pytest.raises(Fenced):
         bus.sink.publish(outgoing(bus, b"zombie"), {0: 2}, generation)
     join(bus, after=generation)
+    with pytest.raises(Fenced):
+        bus.sink.publish(outgoing(bus, b"decided under the old generation"), {0: 2}, generation)
     assert bus.source.committed(0) == 1
     bus.source.seek(0, 1)
     assert [record.offset for record in read(bus, 1)] == [1]
@@ -297,6 +300,45 @@ def test_second_sink_fences_the_first(servers: Any) -> None:
     bus.close()
 
 
+def test_a_publish_without_an_answer_is_settled_before_the_next(servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows what became of it: whoever asks for the committed offsets now must get an answer that stays."""
+    bus = KafkaBus(servers.kafka)
+    join(bus)
+    commit = KafkaProducer.commit_transaction
+
+    def without_an_answer(producer: KafkaProducer) -> None:
+        raise kafka_bus.kafka_errors.KafkaTimeoutError
+
+    monkeypatch.setattr(KafkaProducer, "commit_transaction", without_an_answer)
+    with pytest.raises(BusUnavailable, match="read the committed offsets"):
+        bus.sink.publish(outgoing(bus, b"open"), {0: 1}, bus.source.generation())
+    monkeypatch.setattr(KafkaProducer, "commit_transaction", commit)
+    with pytest.raises(Fenced, match="settled now"):
+        bus.sink.publish(outgoing(bus, b"too early"), {0: 1}, bus.source.generation())
+    assert bus.source.committed(0) == 0
+    bus.sink.publish(outgoing(bus, b"again"), {0: 1}, bus.source.generation())
+    assert bus.published() == [b"again"] and bus.source.committed(0) == 1
+    bus.close()
+
+
+def test_what_was_aborted_is_read_by_nobody(servers: Any) -> None:
+    """Neither a shop's own transaction by the worker, nor one of ours by those who verify."""
+    bus = KafkaBus(servers.kafka)
+    producer = KafkaProducer(bootstrap_servers=servers.kafka, transactional_id=f"shop-{bus.worker}")
+    producer.init_transactions()
+    for value, end in ((b"taken back", producer.abort_transaction), (b"meant", producer.commit_transaction)):
+        producer.begin_transaction()
+        for topic in (bus.topic, bus.output):
+            producer.send(topic, value, partition=0).get(10)
+        end()
+    producer.close()
+    join(bus)
+    bus.source.seek(0, 0)
+    assert [record.value for record in read(bus, 1)] == [b"meant"]
+    assert [record.value for record in read_topic(servers.kafka, bus.output)] == [b"meant"]
+    bus.close()
+
+
 def test_two_members_share_and_take_over(servers: Any) -> None:
     bus = KafkaBus(servers.kafka)
     join(bus)
@@ -329,6 +371,15 @@ def test_topics_are_made_once(servers: Any, monkeypatch: pytest.MonkeyPatch) -> 
 def test_no_broker_is_unavailable() -> None:
     with pytest.raises(BusUnavailable):
         create_topics("127.0.0.1:1", 1, deadline_s=0.2)
+
+
+def test_an_answer_that_does_not_come_in_time_is_no_answer() -> None:
+    never = threading.Event()
+    try:
+        with pytest.raises(kafka_bus.kafka_errors.KafkaTimeoutError):
+            kafka_bus.within_deadline(lambda: never.wait(60) and None, 0.1)
+    finally:
+        never.set()
 
 
 def test_partitioner_is_kafkas() -> None:

@@ -11,6 +11,7 @@ from fraud_nb.adapters.memory import MemoryStateStore
 from fraud_nb.adapters.ports import SHARED, Fenced, StateStore, StoreUnavailable
 from fraud_nb.adapters.redis_store import EvictingStore, RedisStateStore
 from fraud_nb.features.profile import Profiles
+from fraud_nb.features.windows import EVENT
 from fraud_nb.pipeline.stream import recall
 
 
@@ -93,9 +94,10 @@ def test_thousand_profiles(store: StateStore) -> None:
     assert store.load(0, [customer for _, customer in profiles]) == (1, list(profiles.values()))
 
 
-def test_profiles_of_another_codec_are_rebuilt(store: StateStore) -> None:
+@pytest.mark.parametrize("stored", [b"\x07 of another day", b"\x07" + bytes(EVENT.itemsize), b"\x01 cut short"])
+def test_profiles_of_another_codec_are_rebuilt(store: StateStore, stored: bytes) -> None:
     """Never read, never migrated: wiped, so that whoever claims the partition next makes them from the log."""
-    store.save({0: (None, 5)}, {(0, "ada"): b"\x07 of another day"})
+    store.save({0: (None, 5)}, {(0, "ada"): stored})
     with pytest.raises(Fenced, match="other code"):
         recall(store, Profiles(), 0, 5, ["ada"])
     assert store.load(0, ["ada"]) == (None, [None])
@@ -127,6 +129,21 @@ def test_change_between_watch_and_exec_is_fenced(servers: Any, monkeypatch: pyte
     with pytest.raises(Fenced):
         store.save({0: (None, 1)}, {(0, "ada"): b"late"})
     assert store.load(0, ["ada"]) == (9, [None])
+
+
+def test_half_a_wipe_is_never_believed(servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = redis.Redis.from_url(servers.redis)
+    client.flushdb()
+    store = RedisStateStore(servers.redis)
+    store.save({0: (None, 3)}, {(0, "ada"): b"profile"})
+
+    def broken(*words: Any) -> None:
+        raise redis.ConnectionError
+
+    monkeypatch.setattr(store._redis, "scan", broken)
+    with pytest.raises(StoreUnavailable):
+        store.wipe(0)
+    assert store.watermark(0) is None
 
 
 def test_evicting_server_is_refused(servers: Any) -> None:

@@ -141,6 +141,14 @@ def test_another_model_under_the_old_golden_scores_is_refused(content: bytes) ->
         unpack(forged, None)
 
 
+def test_a_feature_that_means_something_else_by_now_is_refused(content: bytes) -> None:
+    contents = files_of(content)
+    manifest = msgspec.json.decode(contents["manifest.json"])
+    manifest["features"][1][1] = "0" * len(manifest["features"][1][1])
+    with pytest.raises(BundleError, match=f"feature {NAMES[1]}: its definition changed"):
+        unpack(_zip(contents | {"manifest.json": msgspec.json.encode(manifest)}), None)
+
+
 def test_unfit_parts_are_not_packed() -> None:
     booster = train()
     for changes in ({"calibrator": [(0.0, 0.5), (0.0, 0.6)]}, {"calibrator": []}, {"calibrator": [(0.0, 1.5)]}):

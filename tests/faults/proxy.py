@@ -69,7 +69,8 @@ class Wire:
                 self.trouble = "swallow"  # of this connection: whatever else is answered
         except OSError:
             pass
-        self.end()
+        if self.trouble != "swallow":  # else the client does not even learn that the server has given up
+            self.end()
 
     def reset(self) -> None:
         """Both ends learn at once that this is over: RST, not FIN."""

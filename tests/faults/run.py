@@ -5,30 +5,31 @@ middle, the next run goes on there. A seed is replayed by `--only NUMBER --seed 
 """
 
 import argparse
-import hashlib
 import json
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.e2e.stream_kit import small_model
+from tests.faults.notes import Notes, code_of
 from tests.faults.plays import PLAYS, Play
 from tests.faults.stage import NotRun, stage
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / ".fraud" / "faults" / "results.jsonl"
+NOTES = Notes(ROOT / ".fraud" / "faults" / "results.jsonl")
+PLAYED = ("notes", "plays", "proxy", "run", "stage", "truth")  # of this folder
 PURCHASES = 3_000  # of one flow; some plays have several
 OTHERWISE_SEEDS = 3  # of faults that are not played at every seed
 
 
 def code() -> str:
-    """What was played, and on what: results of other code prove nothing."""
-    files = sorted([*(ROOT / "fraud_nb").rglob("*.py"), *Path(__file__).parent.glob("*.py")])
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    """What was played, and on what."""
+    here = Path(__file__).parent
+    return code_of([*(ROOT / "fraud_nb").rglob("*.py"), *(here / f"{name}.py" for name in PLAYED)])
 
 
 def play(each: Play, seed: int, model: Path, size: int) -> dict[str, Any]:
@@ -47,22 +48,6 @@ def play(each: Play, seed: int, model: Path, size: int) -> dict[str, Any]:
             raise
         seconds = time.monotonic() - begin
         return {"records": where.sent, "settled_s": round(where.settled_s, 1), "seconds": round(seconds, 1)}
-
-
-def noted() -> Iterator[dict[str, Any]]:
-    """Results of this code, so far."""
-    mine = code()
-    if RESULTS.exists():
-        for line in RESULTS.read_text().splitlines():
-            if (result := json.loads(line))["code"] == mine:
-                yield result
-
-
-def note(result: dict[str, Any]) -> None:
-    """Keep a result, at once."""
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(result | {"code": code()}) + "\n")
 
 
 def one(each: Play, seed: int, model: Path, size: int) -> dict[str, Any]:
@@ -93,7 +78,10 @@ def row(each: Play, results: Sequence[dict[str, Any]], wanted: int) -> str:
 
 def faults(seeds: int, only: Sequence[int], exactly: int | None, size: int) -> int:
     """Play, note and tell; 0 if all was survived."""
-    known = {(result["fault"], result["seed"]): result for result in noted() if result["outcome"] != "failed"}
+    mine = code()
+    known = {
+        (each["fault"], each["seed"]): each for each in NOTES if each["code"] == mine and each["outcome"] != "failed"
+    }
     survived, records = 0, 0
     with tempfile.TemporaryDirectory(prefix="fraud-") as folder:
         model = small_model(Path(folder) / "model.bundle")
@@ -106,7 +94,7 @@ def faults(seeds: int, only: Sequence[int], exactly: int | None, size: int) -> i
                 result = known.get((each.number, seed)) if exactly is None else None
                 if result is None:
                     result = one(each, seed, model, size)
-                    note(result)
+                    NOTES.add(result | {"code": mine})
                     sys.stderr.write(f"    fault {each.number}, seed {seed}: {json.dumps(result)}\n")
                 results.append(result)
             survived += all(result["outcome"] == "survived" for result in results)
@@ -114,7 +102,7 @@ def faults(seeds: int, only: Sequence[int], exactly: int | None, size: int) -> i
             sys.stdout.write(row(each, results, len(wanted)) + "\n")
             sys.stdout.flush()
     played = len(only or PLAYS)
-    sys.stdout.write(f"survived {survived}/{played}, {records:,} records, code {code()}\n")
+    sys.stdout.write(f"survived {survived}/{played}, {records:,} records, code {mine}\n")
     return 0 if survived == played else 1
 
 

@@ -716,6 +716,15 @@ class LogWriter(LogReader):
         with self._transaction() as cursor:
             cursor.execute("INSERT INTO feature_sets VALUES (%s, %s) ON CONFLICT DO NOTHING", (feature_set, features))
 
+    def check_claims(self, claims: Mapping[int, Claim]) -> None:
+        """Whether all of them stand; raises Fenced."""
+        with self._transaction() as cursor:
+            cursor.execute("SELECT partition, epoch FROM progress")
+            epochs = dict(cursor.fetchall())
+        for partition, claim in claims.items():
+            if epochs[partition] != claim.epoch:
+                raise Fenced(f"partition {partition}: another worker has claimed it, or history was loaded")
+
     def declines(
         self,
         since_ms: int,  # ms UTC, the beginning of a minute

@@ -128,7 +128,7 @@ def build(
         failpoint("building")
     add(sharing.store, watermark, version.version, [], sharing.log.labels_between(before, version))
 
-
+# %% ../../nbs/50_sharing.ipynb #adf78cb1
 def forget_lost(
     sharing: Sharing,
 ) -> SharedVersion:  # the log's newest

@@ -647,7 +647,8 @@ def decide_records(
 def look_after(
     worker: Worker,
 ) -> None:
-    """Nothing is to be done: see that the stored profiles are still those of the log; raises Fenced."""
+    """Nothing is to be done: see that our claims stand, and that the stored profiles are the log's; raises Fenced."""
+    worker.log.check_claims(worker.claims)  # history that is loaded under us takes them away
     for partition, claim in worker.claims.items():
         if worker.store.watermark(partition) != claim.next_offset:
             raise Fenced(f"the watermark of partition {partition} is not the expected one")

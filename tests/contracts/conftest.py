@@ -34,3 +34,4 @@ def worker(postgres: str, model: Model) -> Iterator[Rehearsal]:
     made = hired(postgres, model)
     yield made
     made.log.close()
+    made.overview.close()

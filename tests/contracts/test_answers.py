@@ -9,6 +9,7 @@ import pytest
 from fraud_nb.adapters.kafka_bus import murmur2_partitions
 from fraud_nb.adapters.ports import Outgoing, Unavailable
 from fraud_nb.adapters.postgres import AnswerLog
+from fraud_nb.decision.breaker import Breaker
 from fraud_nb.decision.judge import Model
 from fraud_nb.domain.money import Rates
 from fraud_nb.domain.schema import encode
@@ -50,8 +51,8 @@ class Service:
         log, store = self.link(lambda: AnswerLog(postgres), "log"), self.link(lambda: worker.store)
         self.outbox = Outbox(self.link(lambda: self.counter, "topic"))
         ends = self.link(lambda: lambda: {part: len(each) for part, each in enumerate(worker.source.records)})
-        self.watch = Watch(log, store, ends, self.outbox, PARTITIONS)
-        bench = Bench(store, self.watch.freshness, PARTITIONS, murmur2_partitions, Rates())
+        self.watch = Watch(log, store, ends, self.outbox, PARTITIONS, Breaker())
+        bench = Bench(store, self.watch.freshness, PARTITIONS, murmur2_partitions, Rates(), Breaker())
         self.predictor = Predictor(log, log, bench, self.outbox, self.watch, model)
 
     def link(self, connect: Any, name: str = "") -> Any:

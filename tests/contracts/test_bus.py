@@ -300,7 +300,10 @@ def test_second_sink_fences_the_first(servers: Any) -> None:
     bus.close()
 
 
-def test_a_publish_without_an_answer_is_settled_before_the_next(servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_settled_at_once", [True, False])
+def test_a_publish_without_an_answer_is_settled_before_the_next(
+    servers: Any, monkeypatch: pytest.MonkeyPatch, is_settled_at_once: bool
+) -> None:
     """Nobody knows what became of it: whoever asks for the committed offsets now must get an answer that stays."""
     bus = KafkaBus(servers.kafka)
     join(bus)
@@ -310,11 +313,16 @@ def test_a_publish_without_an_answer_is_settled_before_the_next(servers: Any, mo
         raise kafka_bus.kafka_errors.KafkaTimeoutError
 
     monkeypatch.setattr(KafkaProducer, "commit_transaction", without_an_answer)
+    start = bus.sink.start
+    if not is_settled_at_once:
+        monkeypatch.setattr(bus.sink, "start", lambda: without_an_answer(bus.producer))
     with pytest.raises(BusUnavailable, match="read the committed offsets"):
         bus.sink.publish(outgoing(bus, b"open"), {0: 1}, bus.source.generation())
     monkeypatch.setattr(KafkaProducer, "commit_transaction", commit)
-    with pytest.raises(Fenced, match="settled now"):
-        bus.sink.publish(outgoing(bus, b"too early"), {0: 1}, bus.source.generation())
+    if not is_settled_at_once:
+        monkeypatch.setattr(bus.sink, "start", start)
+        with pytest.raises(Fenced, match="settled now"):
+            bus.sink.publish(outgoing(bus, b"too early"), {0: 1}, bus.source.generation())
     assert bus.source.committed(0) == 0
     bus.sink.publish(outgoing(bus, b"again"), {0: 1}, bus.source.generation())
     assert bus.published() == [b"again"] and bus.source.committed(0) == 1

@@ -92,4 +92,4 @@ def test_a_missing_row(proved: Rehearsal, postgres: str) -> None:
     with tampering(postgres) as cursor:
         cursor.execute("DELETE FROM decisions WHERE transaction_id = 't3'")
     found = {each.stage for each in differences(proved)}
-    assert found == {"features", "state", "topic", "shared"}
+    assert found == {"features", "state", "topic", "shared", "lost"}

@@ -8,13 +8,13 @@ import numpy as np
 from fraud_nb.adapters.kafka_bus import murmur2_partitions
 from fraud_nb.adapters.memory import MemorySink, MemorySource, MemoryStateStore
 from fraud_nb.adapters.ports import Outgoing, Record
-from fraud_nb.adapters.postgres import Logged, PostgresLog
+from fraud_nb.adapters.postgres import Logged, LogOverview, PostgresLog
 from fraud_nb.decision.judge import Model
 from fraud_nb.domain.schema import Transaction, encode
 from fraud_nb.features.catalogue import FEATURE_NAMES
 from fraud_nb.pipeline.stream import Worker, step
 from fraud_nb.pipeline.verify import Difference, verify
-from tests.e2e.stream_kit import NOON
+from tests.e2e.stream_kit import NOON, bus_of
 
 ADA, PARTITIONS = b"ada", 4
 HOME = int(murmur2_partitions([ADA], PARTITIONS)[0])
@@ -26,12 +26,14 @@ class Rehearsal(Worker):
     source: MemorySource
     sink: MemorySink
     store: MemoryStateStore
+    overview: LogOverview
 
 
 def hired(postgres: str, model: Model) -> Rehearsal:
     """A worker that has claimed everything."""
     source = MemorySource(PARTITIONS)
     made = Rehearsal(source, MemorySink(source), MemoryStateStore(), PostgresLog(postgres), model, PARTITIONS)
+    made.overview = LogOverview(postgres)
     step(made, 0)
     return made
 
@@ -70,12 +72,12 @@ def at(*offsets: int) -> list[str]:
 
 def differences(worker: Rehearsal, published: Iterable[Outgoing] | None = None) -> list[Difference]:
     """What a recomputation from the log finds; `published` is what is on the topics, if not what the sink was given."""
-    predictions = [
+    told = [
         Record(each.topic, each.partition or 0, place, 0, each.key, each.value, each.headers)
         for place, each in enumerate(worker.sink.published if published is None else published)
-        if each.topic == "predictions"
     ]
-    return list(verify(worker.log, worker.store, predictions, lambda _: worker.model).differences)
+    sent = [record for records in worker.source.records for record in records]
+    return list(verify(worker.overview, worker.store, bus_of([*sent, *told]), lambda _: worker.model).differences)
 
 
 def feature(row: Logged, name: str) -> float:

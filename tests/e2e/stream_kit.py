@@ -5,14 +5,15 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import xgboost as xgb
 from kafka import KafkaProducer
 
-from fraud_nb.adapters.kafka_bus import TRANSACTIONS, murmur2_partitions
+from fraud_nb.adapters.kafka_bus import DEAD_LETTERS, PREDICTIONS, TRANSACTIONS, murmur2_partitions
+from fraud_nb.adapters.ports import Record
 from fraud_nb.decision.bundle import TrainingWindow, pack
 from fraud_nb.decision.policy import Policy, policy_to_dict
 from fraud_nb.domain.money import Rates
@@ -21,6 +22,7 @@ from fraud_nb.features.catalogue import FEATURE_NAMES
 from fraud_nb.features.fold import fold
 from fraud_nb.features.profile import Profiles
 from fraud_nb.features.windows import DAY_MS, MINUTE_MS, events_of
+from fraud_nb.pipeline.verify import Bus
 
 NOON = 1_672_574_400_000  # 2023-01-01: 20 minutes a purchase, and 60,000 of them, still lie in the past
 CUSTOMERS = 40
@@ -44,6 +46,18 @@ def purchase(rng: random.Random, number: int, now: int, customers: int = CUSTOME
         latitude_e6=rng.randrange(40_000_000, 60_000_000) if told else None,
         longitude_e6=rng.randrange(-10_000_000, 20_000_000) if told else None,
     )
+
+
+def bus_of(
+    records: Sequence[Record],  # of all topics, each of them in order
+) -> Bus:
+    """Topics that are published to the end, for `verify`."""
+
+    def on(topic: str) -> Callable[[int], list[Record]]:
+        return lambda partition: [each for each in records if (each.topic, each.partition) == (topic, partition)]
+
+    letters = [each for each in records if each.topic == DEAD_LETTERS]
+    return Bus(dict.fromkeys(range(256), 1 << 62), on(TRANSACTIONS), on(PREDICTIONS), letters)
 
 
 def small_model(path: Path, rounds: int = 20) -> Path:

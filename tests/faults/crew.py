@@ -18,7 +18,7 @@ from fraud_nb.adapters import postgres
 from fraud_nb.adapters.kafka_bus import DEAD_LETTERS, LABELS, PREDICTIONS, TRANSACTIONS
 from fraud_nb.adapters.memory import MemorySink, MemorySource, MemoryStateStore
 from fraud_nb.adapters.ports import SHARED, Fenced, Outgoing, Record, Unavailable
-from fraud_nb.adapters.postgres import AlreadyDecided, LabelLog, Logged, LogReader, PostgresLog, VersionLog
+from fraud_nb.adapters.postgres import AlreadyDecided, LabelLog, Logged, LogOverview, PostgresLog, VersionLog
 from fraud_nb.apps.work import share
 from fraud_nb.decision.judge import Model
 from fraud_nb.features.catalogue import FEATURE_NAMES
@@ -26,6 +26,8 @@ from fraud_nb.pipeline import intake, sharing, stream
 from fraud_nb.pipeline.intake import Intake, take_in
 from fraud_nb.pipeline.sharing import Sharing
 from fraud_nb.pipeline.stream import Worker, step
+from fraud_nb.pipeline.verify import Bus
+from tests.e2e.stream_kit import bus_of
 from tests.faults.truth import Found, found_in_log
 
 PARTITIONS = 4
@@ -96,7 +98,7 @@ class Ledgers:
     def __init__(self, dsn: str) -> None:
         self.dsn = dsn
         self.decisions, self.versions, self.labels = PagedLog(dsn), VersionLog(dsn), LabelLog(dsn)
-        self.reader = LogReader(dsn)
+        self.reader = LogOverview(dsn)
         self._owner = psycopg2.connect(dsn, options="-c session_replication_role=replica")  # may change anything
 
     def rows(self, query: str) -> Rows:
@@ -288,6 +290,11 @@ class Crew:
             for place, each in enumerate(self.published)
             if each.topic == topic
         ]
+
+    def bus(self) -> Bus:
+        """The topics, for `fraud verify`."""
+        sent = [record for records in self.transactions.records for record in records]
+        return bus_of([*sent, *self.on_topic(PREDICTIONS), *self.on_topic(DEAD_LETTERS)])
 
     def found(self) -> Found:
         """What the system says there is."""

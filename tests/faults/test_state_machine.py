@@ -269,17 +269,13 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Who sleeps is missed, and wakes when others have gone on; then nothing is missing, doubled or otherwise."""
-        if (
-            self.crew.sleepers() or self.history
-        ):  # who idles before the first purchase learns of history by a claim only
+        if self.crew.sleepers():
             self.crew.expel()
             self.buy(8)
             self.crew.all_work(3, 100)
         self.crew.finish(ROUNDS)
         check(self.truth, self.crew.found(), same_words=not self.is_set_back)
-        verdict = verify(
-            self.ledgers.reader, self.crew.store, self.crew.on_topic(PREDICTIONS), self.by_version.__getitem__
-        )
+        verdict = verify(self.ledgers.reader, self.crew.store, self.crew.bus(), self.by_version.__getitem__)
         assert not verdict.differences and verdict.decisions == len(self.truth.ids) - self.history, verdict
 
 

@@ -94,7 +94,11 @@ def test_thousand_profiles(store: StateStore) -> None:
     assert store.load(0, [customer for _, customer in profiles]) == (1, list(profiles.values()))
 
 
-@pytest.mark.parametrize("stored", [b"\x07 of another day", b"\x07" + bytes(EVENT.itemsize), b"\x01 cut short"])
+@pytest.mark.parametrize(
+    "stored",
+    [b"\x07 of another day", b"\x07" + bytes(EVENT.itemsize), b"\x01 cut short"],
+    ids=["of another day", "of the right length", "cut short"],
+)
 def test_profiles_of_another_codec_are_rebuilt(store: StateStore, stored: bytes) -> None:
     """Never read, never migrated: wiped, so that whoever claims the partition next makes them from the log."""
     store.save({0: (None, 5)}, {(0, "ada"): stored})

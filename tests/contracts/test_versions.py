@@ -250,6 +250,17 @@ def test_versions_that_were_closed_while_redis_was_away_are_caught_up(shop: Shop
     assert shop.tiles() == shop.rebuilt(version)
 
 
+def test_tiles_that_are_being_built_are_read_by_nobody(shop: Shop) -> None:
+    shop.sell(0, NOON)
+    shop.close()
+    store = shop.sharing.store
+    asked = [Transaction("q", "cy", NOON, 1, "EUR", "gold")]
+    assert told_now(store, asked)[0] == 1
+    store.save({SHARED: (1, building(3, 0))}, {})
+    version, found = told_now(store, asked)
+    assert version == 0 and (found == UNKNOWN).all()
+
+
 @pytest.mark.parametrize("left", [None, -5, 99])
 def test_lost_or_foreign_tiles_are_built_anew(shop: Shop, left: int | None) -> None:
     for _ in history_by_hand(shop):

@@ -587,11 +587,11 @@ WHO_IS_LET_IN = (
         f"{FOLD}::test_horizon_edge",
     ),
     mutant(
-        "a customer who buys without end is remembered without end",
-        "one hot key fills the memory of worker and store",
+        "a full profile takes nothing new",
+        "who floods an account is not seen any more: it is judged by its oldest purchases",
         "features/profile.py",
-        "    if count - leaving == MAX_EVENTS:\n",
-        "    if count - leaving == -MAX_EVENTS:\n",
+        "        if place == leaving:\n",
+        "        if place >= leaving:\n",
         f"{FOLD}::test_cap_of_events",
     ),
     mutant(
@@ -765,7 +765,7 @@ LABELS_AND_SHOPS = (
         "pipeline/sharing.py",
         "    if watermark is None or watermark <= 0:\n",
         "    if watermark is None:\n",
-        f"{VERSIONS}::test_lost_or_foreign_tiles_are_built_anew",
+        f"{VERSIONS}::test_tiles_that_are_being_built_are_read_by_nobody",
     ),
     mutant(
         "tiles of a log that had come further are believed",

@@ -105,7 +105,9 @@ def test_a_store_that_is_behind_is_brought_up_to_the_log(worker: Rehearsal) -> N
     assert feature(rows(worker)[-1], "customer_count_1h") == 8 and differences(worker) == []
 
 
-def test_history_put_under_an_idle_worker_is_learned(worker: Rehearsal, postgres: str) -> None:
+@pytest.mark.parametrize("stays_idle", [False, True])
+def test_history_put_under_an_idle_worker_is_learned(worker: Rehearsal, postgres: str, stays_idle: bool) -> None:
+    """With the next purchase; and before there is one, for those who ask over HTTP."""
     work(worker)
     history = [purchase(number) for number in range(3)]
     past = [
@@ -113,8 +115,13 @@ def test_history_put_under_an_idle_worker_is_learned(worker: Rehearsal, postgres
         for each, tx in enumerate(history)
     ]
     HistoryLoader(postgres).load([(row, []) for row in past])
-    send(worker, purchase(3))
+    if not stays_idle:
+        send(worker, purchase(3))
     with pytest.raises(Fenced):
         work(worker)
+    if stays_idle:
+        work(worker)
+        assert (HOME, "ada") in worker.store.profiles and differences(worker) == []
+        send(worker, purchase(3))
     work(worker)
     assert feature(rows(worker)[-1], "customer_count_1h") == 3 and differences(worker) == []

@@ -773,7 +773,7 @@ LABELS_AND_SHOPS = (
         "pipeline/sharing.py",
         "        sharing.store.wipe(SHARED)\n    return newest",
         "        pass\n    return newest",
-        f"{VERSIONS}::test_tiles_of_a_log_that_had_come_further_are_not_believed",
+        "tests/faults/test_state_machine.py::test_versions_that_the_log_has_lost_are_told_to_nobody",
     ),
     mutant(
         "tiles are moved on whoever else moves them",
@@ -931,7 +931,7 @@ PROOF = (
         "pipeline/stream.py",
         "    worker.log.check_claims(worker.claims)",
         "    pass",
-        "tests/faults/test_state_machine.py",
+        f"{WORKER}::test_history_put_under_an_idle_worker_is_learned",
     ),
     mutant(
         "verify does not look at watermarks",

@@ -474,7 +474,8 @@ def differing_partition(
 
     sources = sources_of(bus.predictions(number), number, 1 << 62)
     early = [source for source in sources if source < part.published]
-    ahead = min((source for source in sources if source >= log.progress()[number]), default=None)
+    reached = log.progress()[number]  # asked after the topic: what is told is in the log by then
+    ahead = min((source for source in sources if source >= reached), default=None)
     found = (
         differing_state(store, profiles, number, part.logged, go_on),
         unaccounted(bus.transactions(number), part.logged, decided, noted, number, default_currency),
@@ -510,8 +511,8 @@ def verify(
             report(min(done, total), total)
 
     differences: list[Difference] = []
-    for number, end in sorted(ends.items()):
-        part = Partition(number, end, min(end, bus.published.get(number, 0)))
+    parts = [Partition(number, end, min(end, bus.published.get(number, 0))) for number, end in sorted(ends.items())]
+    for part in parts:
         differences += differing_partition(log, store, bus, part, default_currency, see)
     for rows in log.without_past():
         comparison.compare(rows, vectors_without_past(rows, comparison.layouts))
@@ -520,7 +521,7 @@ def verify(
         differences += audit.differences(versions, log.labels())
         state, is_whole = differing_tiles(store, audit, versions, ends)
         differences += [] if state is None else [state]
-    unpublished = sum(max(0, end - bus.published.get(number, 0)) for number, end in ends.items())
+    unpublished = sum(part.logged - part.published for part in parts)
     return Verdict(
         comparison.decisions, comparison.judged, comparison.skipped, (*comparison.differences, *differences),
         unpublished, sum(stop - start for _, start, stop in log.gaps()), is_whole,

@@ -41,8 +41,8 @@ bench: setup ## the worker beside a record-at-a-time pipeline, on the same serve
 bench-quality: setup ## detection quality on the Handbook's payments, beside the book (FOLDS=validation looks at no test week)
 	@$(BIN)/python -m tests.bench.quality
 
-faults: setup ## pull every plug, and prove that nothing is lost or twice (SEEDS=20 ONLY=1,5; goes on where it stopped)
-	@$(BIN)/python -m tests.faults.run --seeds $(or $(SEEDS),3) --only "$(ONLY)"
+faults: setup ## pull every plug, and prove that nothing is lost or twice (SEEDS=20 ONLY=1,5 JOBS=4; goes on where it stopped)
+	@$(BIN)/python -m tests.faults.run --seeds $(or $(SEEDS),3) --only "$(ONLY)" --jobs $(or $(JOBS),1)
 
 mutants: setup ## take one safety mechanism out at a time, and see that the tests notice (ONLY=3,7; half an hour)
 	@$(BIN)/python -m tests.faults.mutants --only "$(ONLY)"

@@ -10,7 +10,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +53,17 @@ def play(each: Play, seed: int, model: Path, size: int) -> dict[str, Any]:
         return {"records": where.sent, "settled_s": round(where.settled_s, 1), "seconds": round(seconds, 1)}
 
 
-def one(each: Play, seed: int, model: Path, size: int) -> dict[str, Any]:
+def one(number: int, seed: int, model: Path, size: int) -> dict[str, Any]:
     """What came of it."""
-    result: dict[str, Any] = {"fault": each.number, "seed": seed}
+    result: dict[str, Any] = {"fault": number, "seed": seed}
     try:
-        result |= {"outcome": "survived"} | play(each, seed, model, size)
+        result |= {"outcome": "survived"} | play(PLAYS[number], seed, model, size)
     except NotRun as why:
         result |= {"outcome": f"not run: {why}"}
     except Exception as error:
         traceback.print_exc()
         result |= {"outcome": "failed", "why": f"{type(error).__name__}: {error}"[:300]}
+    sys.stderr.write(f"    fault {number}, seed {seed}: {json.dumps(result)}\n")
     return result
 
 
@@ -76,34 +80,44 @@ def row(each: Play, results: Sequence[dict[str, Any]], wanted: int) -> str:
     return f"{text}all dealt with {slowest:.1f} s after the last one" + (f"; FAILED: {failed}" if failed else "")
 
 
-def faults(seeds: int, only: Sequence[int], exactly: int | None, size: int) -> int:
+@contextmanager
+def playing(
+    wanted: Iterable[tuple[int, int]],  # faults and seeds
+    model: Path,
+    size: int,
+    jobs: int,
+) -> Iterator[dict[tuple[int, int], Future[dict[str, Any]]]]:
+    """What will come of each; plays are processes of their own, because they wait more than they work."""
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        try:
+            yield {(number, seed): pool.submit(one, number, seed, model, size) for number, seed in wanted}
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def faults(wanted: Mapping[int, Sequence[int]], is_again: bool, size: int, jobs: int) -> int:
     """Play, note and tell; 0 if all was survived."""
     mine = code()
     known = {
-        (each["fault"], each["seed"]): each for each in NOTES if each["code"] == mine and each["outcome"] != "failed"
+        (each["fault"], each["seed"]): each
+        for each in NOTES
+        if each["code"] == mine and each["outcome"] != "failed" and not is_again
     }
+    missing = [(number, seed) for number, seeds in wanted.items() for seed in seeds if (number, seed) not in known]
     survived, records = 0, 0
     with tempfile.TemporaryDirectory(prefix="fraud-") as folder:
         model = small_model(Path(folder) / "model.bundle")
-        for each in (PLAYS[number] for number in sorted(only or PLAYS)):
-            wanted = (
-                [exactly] if exactly is not None else range(seeds if each.is_thorough else min(seeds, OTHERWISE_SEEDS))
-            )
-            results = []
-            for seed in wanted:
-                result = known.get((each.number, seed)) if exactly is None else None
-                if result is None:
-                    result = one(each, seed, model, size)
-                    NOTES.add(result | {"code": mine})
-                    sys.stderr.write(f"    fault {each.number}, seed {seed}: {json.dumps(result)}\n")
-                results.append(result)
-            survived += all(result["outcome"] == "survived" for result in results)
-            records += sum(result.get("records", 0) for result in results)
-            sys.stdout.write(row(each, results, len(wanted)) + "\n")
-            sys.stdout.flush()
-    played = len(only or PLAYS)
-    sys.stdout.write(f"survived {survived}/{played}, {records:,} records, code {mine}\n")
-    return 0 if survived == played else 1
+        with playing(missing, model, size, jobs) as plays:
+            for future in plays.values():
+                future.add_done_callback(lambda done: NOTES.add(done.result() | {"code": mine}))
+            for number, seeds in wanted.items():
+                results = [known.get((number, seed)) or plays[number, seed].result() for seed in seeds]
+                survived += all(result["outcome"] == "survived" for result in results)
+                records += sum(result.get("records", 0) for result in results)
+                sys.stdout.write(row(PLAYS[number], results, len(seeds)) + "\n")
+                sys.stdout.flush()
+    sys.stdout.write(f"survived {survived}/{len(wanted)}, {records:,} records, code {mine}\n")
+    return 0 if survived == len(wanted) else 1
 
 
 def main() -> int:
@@ -113,9 +127,14 @@ def main() -> int:
     parser.add_argument("--only", default="", help="numbers of faults, with commas")
     parser.add_argument("--seed", type=int, help="play this one seed again, whatever is noted")
     parser.add_argument("--purchases", type=int, default=PURCHASES, help="in one flow; some faults have several")
+    parser.add_argument("--jobs", type=int, default=1, help="plays at the same time; one core can do two")
     arguments = parser.parse_args()
-    only = [int(number) for number in arguments.only.split(",") if number]
-    return faults(arguments.seeds, only, arguments.seed, arguments.purchases)
+    only = sorted(int(number) for number in arguments.only.split(",") if number) or sorted(PLAYS)
+    fewer = min(arguments.seeds, OTHERWISE_SEEDS)
+    seeds = {number: range(arguments.seeds if PLAYS[number].is_thorough else fewer) for number in only}
+    is_again = arguments.seed is not None
+    wanted = {number: [arguments.seed] for number in only} if is_again else seeds
+    return faults(wanted, is_again, arguments.purchases, arguments.jobs)
 
 
 if __name__ == "__main__":

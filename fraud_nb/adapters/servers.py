@@ -553,6 +553,8 @@ transaction.state.log.num.partitions=4
 share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
 group.initial.rebalance.delay.ms=0
+# The default is 6 s, and so long a dead worker's partitions would wait for another one.
+group.min.session.timeout.ms=2000
 auto.create.topics.enable=false
 # After kill -9 a broker waits out its own old session: 12 s to answer with the defaults, 3.4 s with these.
 broker.session.timeout.ms=1500

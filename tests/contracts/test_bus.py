@@ -362,6 +362,16 @@ def test_two_members_share_and_take_over(servers: Any) -> None:
     bus.close()
 
 
+def test_a_session_is_as_long_as_the_broker_wants(servers: Any) -> None:
+    bus = KafkaBus(servers.kafka)
+    bus.source.close()
+    bus.source = bus.member = KafkaSource(servers.kafka, bus.group, bus.topic, session_timeout_ms=1_000)
+    join(bus)
+    (group,) = bus.admin.describe_groups([bus.group]).values()
+    assert len(group["members"]) == 1
+    bus.close()
+
+
 def test_topics_are_made_once(servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     suffix = uuid.uuid4().hex[:8]
     for name in ("TRANSACTIONS", "LABELS", "PREDICTIONS", "DEAD_LETTERS"):

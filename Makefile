@@ -43,6 +43,7 @@ bench-quality: setup ## detection quality on the Handbook's payments, beside the
 
 faults: setup ## pull every plug, and prove that nothing is lost or twice (SEEDS=20 ONLY=1,5 JOBS=4; goes on where it stopped)
 	@$(BIN)/python -m tests.faults.run --seeds $(or $(SEEDS),3) --only "$(ONLY)" --jobs $(or $(JOBS),1)
+	@$(if $(ONLY),,FUZZ_CASES=1000000 $(BIN)/python -m pytest -q tests/faults/test_bad_input.py tests/faults/test_fuzz.py)
 
 mutants: setup ## take one safety mechanism out at a time, and see that the tests notice (ONLY=3,7; half an hour)
 	@$(BIN)/python -m tests.faults.mutants --only "$(ONLY)"

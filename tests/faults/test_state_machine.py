@@ -44,7 +44,7 @@ from tests.faults.truth import Truth, check, label_in, source_of
 PLAYS = int(os.environ.get("STATE_MACHINE_PLAYS", "100"))
 SCENES = 25  # of a play, at most
 ROUNDS = 30  # in which everybody must have finished
-SIZE, CUSTOMERS = 3, 8
+SIZE, CUSTOMERS = 3, 16  # more than are in one batch: a batch that is taken back alone must be noticed
 members, places = st.integers(0, SIZE - 1), st.integers(0, 40)
 
 
@@ -337,7 +337,7 @@ def test_a_sleeper_who_wakes_when_others_have_gone_on_changes_nothing(world: Wor
     """At every step of a batch, the one between the commit and the store among them."""
     play = world.play()
     play.begin(seed=5, is_claimed=True, history=0)
-    play.nothing_else(bought=12, work=Work(0, "decide", 3, 2, Trap(passes, kills=False)))
+    play.nothing_else(bought=12, work=Work(0, "decide", 3, 1, Trap(passes, kills=False)))
     play.expel(bought=12, work=None)
     play.everybody_works(bought=12, work=None, batch_size=100)
     play.everybody_works(bought=0, work=None, batch_size=100)

@@ -318,7 +318,7 @@ class Worker:
     # Memory, worth nothing after an error: the log knows better.
     generation: int | None = None  # of the group, when the claims below were made
     claims: dict[int, Claim] = field(default_factory=dict)
-    published: dict[int, int] = field(default_factory=dict)  # offset of each partition, exclusive
+    published: dict[int, int] = field(default_factory=dict)  # offset of each partition at our claim, exclusive
     profiles: Profiles = field(default_factory=Profiles)
     feature_set: str = ""
 
@@ -530,7 +530,6 @@ def publish_again(
     failpoint("publishing-again")
     following = next_offsets(records)
     worker.sink.publish(outgoing, following, worker.source.generation())
-    worker.published.update(following)
 
 # %% ../../nbs/51_stream.ipynb #c3d45c38
 def step_over(
@@ -550,7 +549,6 @@ def step_over(
         worker.claims[partition] = Claim(claim.epoch, gap.available)
     reached = {partition: max(gap.available, worker.published[partition])}
     worker.sink.publish(outgoing, reached, worker.source.generation())
-    worker.published.update(reached)
     worker.source.seek(partition, gap.available)
 
 # %% ../../nbs/51_stream.ipynb #09842e54
@@ -615,7 +613,6 @@ def decide_batch(
     told_first = [rows[index] for index, arrival in enumerate(arrivals) if is_new(worker, arrival.record)]
     reached = {partition: max(offset, worker.published[partition]) for partition, offset in following.items()}
     worker.sink.publish([*predictions(told_first), *letters], reached, worker.source.generation())
-    worker.published.update(reached)
     lap("publish")
     failpoint("published")
     worker.claims.update({p: Claim(before[p].epoch, offset) for p, offset in following.items()})

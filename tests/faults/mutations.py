@@ -961,15 +961,6 @@ HARMLESS = (
         WORKER,
         SETBACKS,
     ),
-    harmless(
-        "the worker does not note what it has published",
-        "every claim asks the broker, and until the next one offsets only grow: what comes is new all the same",
-        "pipeline/stream.py",
-        '    worker.published.update(reached)\n    lap("publish")\n',
-        '    lap("publish")\n',
-        WORKER,
-        SETBACKS,
-    ),
 )
 
 MUTANTS = (*THE_LOG, *THE_STORE, *THE_BUS, *WHO_IS_LET_IN, *OVER_HTTP, *LABELS_AND_SHOPS, *MODELS, *PROOF, *HARMLESS)

@@ -22,7 +22,7 @@ from fraud_nb.adapters.ports import StoreUnavailable
 from fraud_nb.adapters.postgres import MIGRATIONS, LogOverview
 from fraud_nb.adapters.redis_store import RedisStateStore
 from tests.conftest import Running
-from tests.deploy.kit import filled_in, started
+from tests.deploy.kit import filled_in, manifests, pod_of, started
 from tests.e2e.stream_kit import fraud, hostile_stream, produce, small_model
 
 FILLED = filled_in()
@@ -97,6 +97,16 @@ def test_a_worker_decides_with_the_login_of_its_role(migrated: Place, tmp_path: 
     assert tally.decisions + tally.dead_letters + tally.repeats == len(records)
     assert not any(secret in done.stderr + done.stdout for secret in FILLED.values())
     assert fraud(migrated.environment("worker"), "verify").returncode == 0
+
+
+def test_the_nightly_look_back_needs_no_more_than_the_reader(migrated: Place) -> None:
+    secret = {"FRAUD_READER_PASSWORD": "only-to-look"}
+    assert fraud(migrated.environment("migrate") | secret, "migrate").returncode == 0
+    (pod,) = (pod for each in manifests() if each["metadata"]["name"] == "verify" and (pod := pod_of(each)) is not None)
+    (container,) = pod["spec"]["containers"]
+    login = {"PGUSER": container["env"][0]["value"], "PGPASSWORD": secret["FRAUD_READER_PASSWORD"]}
+    done = fraud(migrated.environment("dashboard") | login, *container["args"])
+    assert done.returncode == 0 and "verify: 0 mismatches in 300 decisions" in done.stderr, done.stderr
 
 
 def test_a_wrong_password_is_refused_and_not_repeated(migrated: Place) -> None:

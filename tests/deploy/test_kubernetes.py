@@ -7,12 +7,14 @@ from typing import Any
 import kubernetes_validate
 import pytest
 
+from fraud_nb.apps.schedule import GRACE_S, jobs_of
 from fraud_nb.domain.config import Settings
 from tests.deploy.kit import (
     ROOT,
     SECRET,
     Document,
     check_command,
+    compose,
     documents,
     filled_in,
     manifests,
@@ -78,6 +80,11 @@ def test_settings_are_known_and_usable(name: str) -> None:
     Settings.from_env(environment)
 
 
+def test_nothing_that_compose_passes_on_is_missing() -> None:
+    with_password = {"FRAUD_REDIS"}  # in the Secret
+    assert set(compose()["x-places"]) <= set(SETTINGS) | with_password
+
+
 def test_secrets_are_named_and_never_held() -> None:
     assert not [each for each in MANIFESTS if each["kind"] == "Secret"]
     assert not [key for key in SETTINGS if SECRET.search(key)]
@@ -116,6 +123,23 @@ def test_the_account_has_no_token() -> None:
 
 def by_kind(kind: str) -> list[Any]:
     return [each for each in MANIFESTS if each["kind"] == kind]
+
+
+def test_jobs_are_due_when_the_scheduler_would_start_them_and_a_failure_stays() -> None:
+    plans = {each["metadata"]["name"]: each["spec"] for each in by_kind("CronJob")}
+    jobs = {job.name: job for job in jobs_of(Settings())}
+    assert set(plans) == set(jobs)
+    for name, plan in plans.items():
+        assert (plan["schedule"], plan["timeZone"]) == (jobs[name].cron, "Etc/UTC")
+        assert (plan["concurrencyPolicy"], plan["startingDeadlineSeconds"]) == ("Forbid", GRACE_S)
+        assert plan["jobTemplate"]["spec"]["backoffLimit"] == 0 and PODS[name]["restartPolicy"] == "Never"
+    look_back, limit_s = jobs["verify"], plans["verify"]["jobTemplate"]["spec"]["activeDeadlineSeconds"]
+    assert container_of("verify")["args"] == list(look_back.words) and limit_s == look_back.timeout_s
+
+
+def test_who_only_looks_may_not_write() -> None:
+    users = {each["name"]: each.get("value") for each in container_of("verify")["env"]}
+    assert users["PGUSER"] == "fraud_reader"
 
 
 def ports_of(name: str) -> set[int]:

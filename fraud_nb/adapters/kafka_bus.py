@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TRANSACTIONS', 'LABELS', 'PREDICTIONS', 'DEAD_LETTERS', 'DEADLINE_S', 'LARGEST_RECORD', 'Partitions',
-           'LONGER_SESSION_MS', 'STALL_S', 'LARGEST_BATCH', 'WrongPartitionCount', 'check_partitions', 'create_topics',
-           'topic_id', 'murmur2_partitions', 'crc32_partitions', 'record_of', 'Standing', 'KafkaSource',
-           'RecordTooLarge', 'within_deadline', 'batches_of', 'hand_over', 'KafkaSink', 'TopicEnds', 'topic_ends',
-           'read_topic', 'read_partition', 'committed_offsets']
+           'LONGER_SESSION_MS', 'STALL_S', 'LARGEST_BATCH', 'Isolation', 'OPEN_S', 'WrongPartitionCount',
+           'check_partitions', 'create_topics', 'topic_id', 'murmur2_partitions', 'crc32_partitions', 'record_of',
+           'Standing', 'KafkaSource', 'RecordTooLarge', 'within_deadline', 'batches_of', 'hand_over', 'KafkaSink',
+           'TopicEnds', 'topic_ends', 'read_topic', 'read_partition', 'committed_offsets', 'await_settled']
 
 # %% ../../nbs/44_kafka_bus.ipynb #0bfd57aa
 import threading
@@ -15,7 +15,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -591,17 +591,21 @@ class KafkaSink(_Producer):
         self.throw_away()
 
 # %% ../../nbs/44_kafka_bus.ipynb #a29c0fb0
+Isolation = Literal["read_committed", "read_uncommitted"]  # what a reader sees: only what is settled, or everything
+
+
 @contextmanager
 def _onlooker(
     bootstrap: str,
     topic: str,
     group: str | None = None,  # whose offsets are asked for; it is not joined
+    isolation: Isolation = "read_committed",
 ) -> Iterator[tuple[Any, list[TopicPartition]]]:
     """A consumer that is no member of a group, and the topic's partitions."""
     with _unavailable(f"read topic {topic}"):
         consumer = _consumer(
             bootstrap_servers=bootstrap.split(","), group_id=group, enable_auto_commit=False,
-            isolation_level="read_committed", auto_offset_reset="earliest", bootstrap_timeout_ms=int(DEADLINE_S * 1e3),
+            isolation_level=isolation, auto_offset_reset="earliest", bootstrap_timeout_ms=int(DEADLINE_S * 1e3),
         )  # fmt: skip
         try:
             yield (
@@ -639,9 +643,10 @@ class TopicEnds:
 def topic_ends(
     bootstrap: str,  # host:port, several separated by commas
     topic: str,
-) -> dict[int, int]:  # partition: offset of the next committed record; empty: there is no such topic
+    isolation: Isolation = "read_committed",
+) -> dict[int, int]:  # partition: offset of the next record that such a reader sees; empty: there is no such topic
     """How far a topic goes; raises BusUnavailable."""
-    with _onlooker(bootstrap, topic) as (consumer, places):
+    with _onlooker(bootstrap, topic, isolation=isolation) as (consumer, places):
         return {place.partition: end for place, end in consumer.end_offsets(places).items()} if places else {}
 
 
@@ -679,3 +684,26 @@ def committed_offsets(
     """How far a group has come; raises BusUnavailable."""
     with _onlooker(bootstrap, topic, group) as (consumer, places):
         return {place.partition: consumer.committed(place) or 0 for place in places}
+
+# %% ../../nbs/44_kafka_bus.ipynb #0370c58b
+OPEN_S = 2 * DEADLINE_S + 15  # a producer's transaction may take twice the deadline, and brokers look every ten seconds
+
+
+def await_settled(
+    bootstrap: str,  # host:port, several separated by commas
+    topic: str,
+    report: Callable[[str], None],  # takes a line, where there is something to wait for
+    deadline_s: float = OPEN_S,
+) -> None:
+    """Return when all that is on a topic now is settled, committed or not; raises BusUnavailable."""
+    written, end_s, is_told = topic_ends(bootstrap, topic, "read_uncommitted"), time.monotonic() + deadline_s, False
+    while any(end < written[partition] for partition, end in topic_ends(bootstrap, topic).items()):
+        if not is_told:
+            report(f"Kafka: topic {topic}: waiting for a transaction that is open, {deadline_s:g} s at most")
+        is_told = True
+        if time.monotonic() > end_s:
+            raise BusUnavailable(
+                f"Kafka: topic {topic}: a transaction is still open after {deadline_s:g} s and hides what is behind; "
+                "end the producer that hangs, and try again"
+            )
+        time.sleep(0.2)

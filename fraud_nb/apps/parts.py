@@ -19,11 +19,13 @@ from ..adapters.feed import KafkaFeed, remembered_partition
 from fraud_nb.adapters.kafka_bus import (
     DEAD_LETTERS,
     LABELS,
+    OPEN_S,
     PREDICTIONS,
     TRANSACTIONS,
     KafkaSink,
     KafkaSource,
     TopicEnds,
+    await_settled,
     committed_offsets,
     crc32_partitions,
     murmur2_partitions,
@@ -144,9 +146,15 @@ def open_predictor(
     return Predictor(link(log), link(log), bench, outbox, watch, model)
 
 # %% ../../nbs/70_parts.ipynb #4e6397b8
-def open_bus(found: Addresses) -> Bus:
-    """What the topics hold; how far they are published is read first."""
+def open_bus(
+    found: Addresses,
+    report: Callable[[str], None] = say,
+    deadline_s: float = OPEN_S,  # for a transaction that a killed worker left open
+) -> Bus:
+    """What the topics hold. How far they are published is read first: after the wait, all of that can be seen."""
     published = committed_offsets(found.kafka, TRANSACTIONS)
+    for topic in (PREDICTIONS, DEAD_LETTERS):
+        await_settled(found.kafka, topic, report, deadline_s)
     return Bus(
         published,
         partial(read_partition, found.kafka, TRANSACTIONS),

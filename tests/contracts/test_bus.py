@@ -15,6 +15,7 @@ from kafka.partitioner.default import murmur2
 from fraud_nb.adapters import kafka_bus
 from fraud_nb.adapters.kafka_bus import (
     LARGEST_RECORD,
+    PREDICTIONS,
     KafkaSink,
     KafkaSource,
     RecordTooLarge,
@@ -25,6 +26,8 @@ from fraud_nb.adapters.kafka_bus import (
 )
 from fraud_nb.adapters.memory import MemorySink, MemorySource
 from fraud_nb.adapters.ports import BusUnavailable, Fenced, Headers, OffsetGap, Outgoing, Record, Sink, Source
+from fraud_nb.adapters.servers import Addresses
+from fraud_nb.apps.parts import open_bus
 
 PARTITIONS = 2
 
@@ -384,6 +387,32 @@ def test_topics_are_made_once(servers: Any, monkeypatch: pytest.MonkeyPatch) -> 
     sent = producer.send(f"transactions-{suffix}", b"x", timestamp_ms=1_000).get(10)
     producer.close()
     assert sent.timestamp > 1_600_000_000_000  # the broker's clock, whatever the sender says
+
+
+def test_verification_waits_for_what_a_killed_worker_left_open(servers: Any) -> None:
+    create_topics(servers.kafka, 4)
+    killed = KafkaProducer(
+        bootstrap_servers=servers.kafka, transactional_id=f"killed-{uuid.uuid4().hex}", transaction_timeout_ms=2_000
+    )
+    killed.init_transactions()
+    killed.begin_transaction()
+    another = KafkaProducer(bootstrap_servers=servers.kafka)
+    before = read_topic(servers.kafka, PREDICTIONS)
+    for producer, value in ((killed, b"half"), (another, b"whole")):
+        producer.send(PREDICTIONS, value, partition=0).get(10)
+    assert read_topic(servers.kafka, PREDICTIONS) == before, "it is behind a transaction that nobody ends"
+    found, told = Addresses(servers.kafka, "", ""), list[str]()
+    with pytest.raises(BusUnavailable, match=f"topic {PREDICTIONS}: a transaction is still open after 0.1 s"):
+        open_bus(found, told.append, deadline_s=0.1)
+    seen = open_bus(found, told.append).predictions(0)
+    assert [record.value for record in seen if record not in before] == [b"whole"]
+    assert [line.partition(",")[0] for line in told] == 2 * [
+        f"Kafka: topic {PREDICTIONS}: waiting for a transaction that is open"
+    ]
+    open_bus(found, told.append)
+    assert len(told) == 2, "nothing is open now"
+    for producer in (killed, another):
+        producer.close(timeout=0)
 
 
 def test_no_broker_is_unavailable() -> None:

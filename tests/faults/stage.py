@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import psycopg2
 import redis
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaProducer
 
 from fraud_nb.adapters import servers as embedded
 from fraud_nb.adapters.kafka_bus import (
@@ -28,6 +28,7 @@ from fraud_nb.adapters.kafka_bus import (
     PREDICTIONS,
     TRANSACTIONS,
     TopicEnds,
+    committed_offsets,
     create_topics,
     read_topic,
     topic_ends,
@@ -211,23 +212,12 @@ class Stage:
         """Where the topic ends, how far the log is, and how far is published."""
         ends = TopicEnds(self.direct.kafka, TRANSACTIONS, 10)()
         progress = dict(self.rows("SELECT partition, next_offset FROM progress"))
-        group = KafkaConsumer(bootstrap_servers=self.direct.kafka, group_id="fraud", enable_auto_commit=False)
-        try:
-            places = [TopicPartition(TRANSACTIONS, part) for part in range(PARTITIONS)]
-            committed = {place.partition: group.committed(place) or 0 for place in places}
-        finally:
-            group.close(autocommit=False)
-        return ends, progress, committed
+        return ends, progress, committed_offsets(self.direct.kafka, TRANSACTIONS)
 
     def is_hidden(self) -> bool:
         """Whether a transaction is open: a read-committed reader does not see what comes after its first record."""
-        reader = KafkaConsumer(bootstrap_servers=self.direct.kafka, isolation_level="read_uncommitted")
-        try:
-            places = [TopicPartition(PREDICTIONS, part) for part in range(PARTITIONS)]
-            ends = {place.partition: end for place, end in reader.end_offsets(places).items()}
-        finally:
-            reader.close(autocommit=False)
-        return ends != topic_ends(self.direct.kafka, PREDICTIONS)
+        written = topic_ends(self.direct.kafka, PREDICTIONS, "read_uncommitted")
+        return written != topic_ends(self.direct.kafka, PREDICTIONS)
 
     def is_settled(self) -> bool:
         """Whether everything that was sent is dealt with, and everything that follows from it, too."""

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TRANSACTIONS', 'LABELS', 'PREDICTIONS', 'DEAD_LETTERS', 'DEADLINE_S', 'LARGEST_RECORD', 'Partitions',
-           'LONGER_SESSION_MS', 'STALL_S', 'LARGEST_BATCH', 'Isolation', 'OPEN_S', 'WrongPartitionCount',
+           'LONGER_SESSION_MS', 'STALL_S', 'LARGEST_BATCH', 'Isolation', 'Answer', 'OPEN_S', 'WrongPartitionCount',
            'check_partitions', 'create_topics', 'topic_id', 'murmur2_partitions', 'crc32_partitions', 'record_of',
            'Standing', 'KafkaSource', 'RecordTooLarge', 'within_deadline', 'batches_of', 'hand_over', 'KafkaSink',
-           'TopicEnds', 'topic_ends', 'read_topic', 'read_partition', 'committed_offsets', 'await_settled']
+           'patiently', 'TopicEnds', 'topic_ends', 'read_topic', 'read_partition', 'committed_offsets', 'await_settled']
 
 # %% ../../nbs/44_kafka_bus.ipynb #0bfd57aa
 import threading
@@ -15,7 +15,8 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -592,6 +593,22 @@ class KafkaSink(_Producer):
 
 # %% ../../nbs/44_kafka_bus.ipynb #a29c0fb0
 Isolation = Literal["read_committed", "read_uncommitted"]  # what a reader sees: only what is settled, or everything
+Answer = TypeVar("Answer")
+
+
+def patiently(
+    ask: Callable[[], Answer],
+    deadline_s: float = DEADLINE_S,
+) -> Answer:
+    """Ask again while the broker does not know yet: one that is busy may for a moment not even know of itself."""
+    end_s = time.monotonic() + deadline_s
+    while True:
+        try:
+            return ask()
+        except kafka_errors.RetriableError:
+            if time.monotonic() > end_s:
+                raise
+            time.sleep(0.1)
 
 
 @contextmanager
@@ -608,10 +625,8 @@ def _onlooker(
             isolation_level=isolation, auto_offset_reset="earliest", bootstrap_timeout_ms=int(DEADLINE_S * 1e3),
         )  # fmt: skip
         try:
-            yield (
-                consumer,
-                [TopicPartition(topic, number) for number in sorted(consumer.partitions_for_topic(topic) or ())],
-            )
+            numbers = patiently(lambda: consumer.partitions_for_topic(topic)) or ()
+            yield consumer, [TopicPartition(topic, number) for number in sorted(numbers)]
         finally:
             consumer.close(autocommit=False)
 
@@ -647,7 +662,8 @@ def topic_ends(
 ) -> dict[int, int]:  # partition: offset of the next record that such a reader sees; empty: there is no such topic
     """How far a topic goes; raises BusUnavailable."""
     with _onlooker(bootstrap, topic, isolation=isolation) as (consumer, places):
-        return {place.partition: end for place, end in consumer.end_offsets(places).items()} if places else {}
+        ends = patiently(lambda: consumer.end_offsets(places)) if places else {}
+        return {place.partition: end for place, end in ends.items()}
 
 
 def read_topic(
@@ -670,10 +686,13 @@ def read_partition(
     with _onlooker(bootstrap, topic) as (consumer, _):
         consumer.assign([place])
         consumer.seek_to_beginning(place)
-        end = consumer.end_offsets([place])[place]
+        end, came_s = patiently(lambda: consumer.end_offsets([place]))[place], time.monotonic()
         while consumer.position(place) < end:
             for fetched in consumer.poll(500).values():
                 yield from map(record_of, fetched)
+                came_s = time.monotonic()
+            if time.monotonic() - came_s > DEADLINE_S:
+                raise BusUnavailable(f"Kafka: read topic {topic}: nothing came for {DEADLINE_S:g} s")
 
 
 def committed_offsets(
@@ -683,7 +702,7 @@ def committed_offsets(
 ) -> dict[int, int]:  # partition: offset; 0 where there is none
     """How far a group has come; raises BusUnavailable."""
     with _onlooker(bootstrap, topic, group) as (consumer, places):
-        return {place.partition: consumer.committed(place) or 0 for place in places}
+        return {place.partition: patiently(partial(consumer.committed, place)) or 0 for place in places}
 
 # %% ../../nbs/44_kafka_bus.ipynb #0370c58b
 OPEN_S = 2 * DEADLINE_S + 15  # a producer's transaction may take twice the deadline, and brokers look every ten seconds

@@ -570,7 +570,7 @@ Configuration:
 # Young collections take 4.5 ms with ParallelGC, 13 to 23 ms with SerialGC.
 JAVA_OPTIONS = ("-Xms256m", "-Xmx256m", "-Xmn128m", "-XX:+UseParallelGC", "-XX:TieredStopAtLevel=1")
 
-
+# %% ../../nbs/46_servers.ipynb #e5c0c228
 def kafka_command(
     server: Server,
     ports: Mapping[str, int],

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['START', 'COUNT', 'CAPACITY', 'SMALLEST_BLOCK', 'NO_BLOCK', 'Blocks', 'Free', 'CODEC_VERSION', 'WASTE', 'Rows',
            'size_class', 'take_block', 'grow', 'compact', 'learn', 'learn_all', 'StateCodecError', 'decode_rows', 'put',
-           'put_all', 'Arena', 'Profiles']
+           'put_all', 'Room', 'Arena', 'Profiles']
 
 # %% ../../nbs/11_profile.ipynb #348b73de
 from collections.abc import Sequence
@@ -211,18 +211,26 @@ def put_all(
     return True
 
 # %% ../../nbs/11_profile.ipynb #c2f1a08b
-class Arena:
-    """The rows of many owners."""
+class Room:
+    """Where the rows of many owners lie."""
 
     def __init__(
         self,
         dtype: np.dtype[np.void],  # with a field `event_time`
         rows: int = 1 << 16,  # room to begin with; grows by a quarter when full
     ) -> None:
+        self.arena: Rows = np.zeros(rows, dtype)
+        self.forget()
+
+    def forget(self) -> None:
+        """Hold nothing; the room stays as large as it has become."""
         self.slot_of: dict[str, int] = {}
         self.blocks: Blocks = np.zeros((1024, 3), np.int64)
-        self.arena: Rows = np.zeros(rows, dtype)
         self.free: Free = np.array([0, *[NO_BLOCK] * _SIZE_CLASSES], np.int64)
+
+    def taken(self) -> int:
+        """How many rows of room are in use or left behind."""
+        return int(self.free[0])
 
     def slots(self, owners: Sequence[str]) -> npt.NDArray[np.int64]:
         """Rows of `blocks`; an owner never seen before gets an empty one."""
@@ -242,6 +250,10 @@ class Arena:
             return
         # In place: a copy would hold the arena twice, and the worker promises to stay under 1 GiB.
         self.arena.resize(len(self.arena) * 5 // 4 + MAX_EVENTS, refcheck=False)
+
+# %% ../../nbs/11_profile.ipynb #36f77308
+class Arena(Room):
+    """The rows of many owners."""
 
     def _kept(self, owner: str) -> Rows:
         """The owner's rows where they lie; valid until the next one is learned."""

@@ -1,5 +1,7 @@
 """What the worker does when it dies, is overtaken, or is told something twice; the log is real, the rest is doubled."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from fraud_nb.adapters.ports import BusUnavailable, Fenced, StoreUnavailable
@@ -62,6 +64,24 @@ def test_what_is_committed_is_told_once_and_never_decided_again(
     assert told(worker) == at(0, 1, 2, 3, 4, 5, 8, 9) and told(worker, "dead-letters") == at(6)
     assert worker.counts.decided == 8 and differences(worker) == []
     assert worker.store.watermark(HOME) == worker.source.committed(HOME) == 10
+
+
+def test_a_worker_without_room_decides_the_same(worker: Rehearsal) -> None:
+    """Everybody is forgotten before every batch, and whoever buys is loaded again."""
+    worker.room, worker.batch_size = 0, 2
+    buy(worker, 0, 3)
+    work(worker)
+    loaded, load = list[int](), worker.store.load
+
+    def count_loads(partition: int, owners: Sequence[str]) -> tuple[int | None, list[bytes | None]]:
+        loaded.extend([partition] * len(owners))
+        return load(partition, owners)
+
+    worker.store.load = count_loads  # type: ignore[method-assign]
+    buy(worker, 3, 9)
+    work(worker)
+    assert loaded.count(HOME) == 3, "ada is loaded once for each batch of two"
+    assert len(worker.profiles.rows("ada")) == 9 and differences(worker) == []
 
 
 def test_who_was_overtaken_changes_nothing(worker: Rehearsal, postgres: str, model: Model) -> None:

@@ -35,8 +35,8 @@ demo: setup ## servers, history, a first model, a live stream and its proof (DEM
 dashboard: setup ## the analyst's desk on loopback, beside the demo or a stream of your own
 	@$(BIN)/fraud dashboard
 
-bench: setup ## the worker beside a record-at-a-time pipeline, on the same servers (some minutes)
-	@$(BIN)/python -m tests.bench.bench
+bench: setup ## the worker beside a record-at-a-time pipeline; or OF=soak, OF=recovery (WITH="--minutes 5")
+	@$(BIN)/python -m tests.bench.$(or $(OF),bench) $(WITH)
 
 bench-quality: setup ## detection quality on the Handbook's payments, beside the book (FOLDS=validation looks at no test week)
 	@$(BIN)/python -m tests.bench.quality

@@ -54,20 +54,16 @@ def told_then(
 
 # %% ../../nbs/50_sharing.ipynb #5f1e0010
 def changes_between(
-    tiles: Tiles,  # gets a place for every owner
-    rows: Sequence[SharedRow],  # purchases that are new
-    labelled: Sequence[tuple[SharedRow, SeenLabels]],  # purchases of which more is known
+    slots: npt.NDArray[np.int64],  # shape (n, len(KINDS)): whose tiles these purchases add to:
+    rows: Sequence[SharedRow],  # those that are new, and behind them
+    labelled: Sequence[tuple[SharedRow, SeenLabels]],  # those of which more is known
 ) -> Changes:
     """What a newer version adds to an older one."""
-
-    def columns(some: Sequence[SharedRow]) -> tuple[npt.NDArray[np.int64], ...]:
-        slots = tiles.slots_of([owners_of(row.merchant_id, row.device_id) for row in some])
-        times, amounts = ([row.event_time for row in some], [row.amount_base for row in some])
-        return slots, np.array(times, np.int64), np.array(amounts, np.int64)
-
-    slots, times, amounts = columns(rows)
-    bought = changes_of(slots, times, amounts, np.ones(len(rows), np.int64))
-    claims = claim_changes([labels for _, labels in labelled], *columns([row for row, _ in labelled]))
+    everybody, new = [*rows, *(row for row, _ in labelled)], len(rows)
+    times = np.array([row.event_time for row in everybody], np.int64)
+    amounts = np.array([row.amount_base for row in everybody], np.int64)
+    bought = changes_of(slots[:new], times[:new], amounts[:new], np.ones(new, np.int64))
+    claims = claim_changes([labels for _, labels in labelled], slots[new:], times[new:], amounts[new:])
     return np.concatenate([bought, claims[claims["at"] == 1]])
 
 
@@ -80,7 +76,8 @@ def add(
 ) -> None:
     """Bring the tiles of these owners, and the watermark, one step on; raises Fenced."""
     everybody = chain(rows, (row for row, _ in labelled))
-    names = owner_names(owners_of(row.merchant_id, row.device_id) for row in everybody)
+    owners = [owners_of(row.merchant_id, row.device_id) for row in everybody]
+    names = owner_names(owners)
     watermark, stored = store.load(SHARED, names)
     if watermark != expected:
         raise Fenced("shared tiles: somebody else moves them")
@@ -89,7 +86,7 @@ def add(
     except StateCodecError as error:
         store.wipe(SHARED)
         raise Fenced("shared tiles: made by other code; they are built anew") from error
-    tiles.apply(changes_between(tiles, rows, labelled))
+    tiles.apply(changes_between(tiles.slots_of(owners), rows, labelled))
     store.save({SHARED: (expected, new)}, {(SHARED, name): tiles.dump(name) for name in names})
 
 # %% ../../nbs/50_sharing.ipynb #5f1e0012

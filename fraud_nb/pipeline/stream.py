@@ -26,6 +26,7 @@ import numpy.typing as npt
 from ..adapters.kafka_bus import DEAD_LETTERS, LARGEST_RECORD, PREDICTIONS, murmur2_partitions
 from ..adapters.ports import Fenced, OffsetGap, Outgoing, Record, Sink, Source, StateStore, Unavailable
 from fraud_nb.adapters.postgres import (
+    Accepted,
     AlreadyDecided,
     Batch,
     Claim,
@@ -389,7 +390,7 @@ def recall(
 
 
 def events_of_rows(
-    rows: Sequence[Logged],
+    rows: Sequence[Accepted | Logged],
 ) -> Events:
     """The events of logged transactions, with the base amount that was used then."""
     events = events_of([row.transaction for row in rows], Rates())
@@ -413,7 +414,7 @@ def roll_forward(
         failpoint("wiped")
         watermark = None
     start = log.first_offset(partition) if watermark is None else watermark
-    for page in log.read(partition, start, logged, page=1_000):
+    for page in log.read_accepted(partition, start, logged):
         make_room(profiles, ROOM)
         customers = [row.transaction.customer_id for row in page]
         recall(store, profiles, partition, watermark, customers)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,8 +51,8 @@ TRAFFIC_SEED, TRAINING_SEED = 1, 2  # the model has not seen the town it judges
 ALERT_SHARE = 0.01  # so that reasons are paid for as often as in life
 NAIVE_CEILING = 1_000  # transactions per second; so many are preloaded, that its topic does not run dry
 STUCK_S = 120  # overdue
-AT_LEAST = {"tx_per_s": 8_000, "ratio": 50}
-AT_MOST = {"p99_ms_at_1000": 40, "worker_full_rss_mib": 1_024}
+AT_LEAST: Mapping[str, float] = {"tx_per_s": 8_000, "ratio": 50}
+AT_MOST: Mapping[str, float] = {"p99_ms_at_1000": 40, "worker_full_rss_mib": 1_024}
 
 
 class BenchFailed(RuntimeError):
@@ -215,6 +215,52 @@ def last_status(worker: Running) -> dict[str, Any]:
     return worker.said["stopped"]
 
 
+def wait_ready(worker: Running) -> None:
+    """Until it has claimed its partitions."""
+    due_s = time.monotonic()
+    while "ready" not in worker.said:
+        require_moving(worker, due_s, "getting ready")
+        time.sleep(0.05)
+
+
+def wait_drained(bench: Bench, worker: Running) -> None:
+    """Until everything that was sent is decided."""
+    due_s, reader = time.monotonic(), LogReader(bench.found.postgres)
+    while reader.progress() != topic_ends(bench.found.kafka, TRANSACTIONS):
+        require_moving(worker, due_s, "deciding the rest")
+        time.sleep(0.2)
+
+
+@contextmanager
+def sending(bench: Bench, rate: float) -> Iterator[Running]:
+    """`fraud simulate` at a rate that does not bend, while the block runs."""
+    town = ("--customers", str(bench.sizes.customers), "--seed", str(TRAFFIC_SEED))
+    command = fraud_command("simulate", "--rate", str(rate), *town)
+    sender = start(command, bench.environment, bench.home / "bench.log")
+    try:
+        yield sender
+    finally:
+        sender.stop(10)
+
+
+def told_by(sender: Running) -> tuple[int, float]:  # transactions sent, and the worst delay of one, in seconds
+    """What the sender says when it has stopped."""
+    told = re.search(r"sent ([\d,]+) transactions .* at most ([\d.]+) s late", sender.last_words)
+    if told is None:
+        raise BenchFailed(f"simulate: {sender.last_words or 'no words'}")
+    return int(told[1].replace(",", "")), float(told[2])
+
+
+def require_verified(bench: Bench, share: float) -> str:
+    """What `fraud verify` says of everything so far; raises BenchFailed with the first difference."""
+    command = fraud_command("verify", "--model", str(bench.model), "--sample", str(share))
+    finished = subprocess.run(command, env=bench.environment, stderr=subprocess.PIPE, text=True)
+    told = [line for line in finished.stderr.splitlines() if line.startswith("verify: ")] or [finished.stderr[-200:]]
+    if finished.returncode:
+        raise BenchFailed(told[0])
+    return told[0].removeprefix("verify: ")
+
+
 def free_port() -> int:
     """A port nobody listens on now."""
     with socket.create_server(("127.0.0.1", 0)) as found:
@@ -284,33 +330,20 @@ def warm_window(
 def measure_latency(bench: Bench, rate: int) -> dict[str, Any]:
     """Decision latency at a rate that does not bend: from the sender's clock to the commit."""
     seconds, log = bench.sizes.open_loop_seconds, LogOverview(bench.found.postgres)
-    before, reader = log.tally().decisions, LogReader(bench.found.postgres)
-    town = ("--customers", str(bench.sizes.customers), "--seed", str(TRAFFIC_SEED))
+    before = log.tally().decisions
     with stream(bench, "--status-every", str(seconds)) as worker:
-        due_s = time.monotonic()
-        while "ready" not in worker.said:
-            require_moving(worker, due_s, "getting ready")
-            time.sleep(0.05)
-        simulate = fraud_command("simulate", "--rate", str(rate), *town)
-        sender = start(simulate, bench.environment, bench.home / "bench.log")
-        try:
+        wait_ready(worker)
+        with sending(bench, rate) as sender:
             window = warm_window(worker, seconds, rate * seconds / 2)
-        finally:
-            sender.stop(10)
-        due_s = time.monotonic()
-        while reader.progress() != topic_ends(bench.found.kafka, TRANSACTIONS):
-            require_moving(worker, due_s, f"at {rate} tx/s")
-            time.sleep(0.2)
+        wait_drained(bench, worker)
         worker.stop(10)
-    sent = re.search(r"sent ([\d,]+) transactions .* at most ([\d.]+) s late", sender.last_words)
-    if sent is None:
-        raise BenchFailed(f"simulate: {sender.last_words or 'no words'}")
-    require_counted(bench, before, last_status(worker), int(sent[1].replace(",", "")))
+    sent, late_s = told_by(sender)
+    require_counted(bench, before, last_status(worker), sent)
     return {
         f"p50_ms_at_{rate}": window["p50_ms"],
         f"p99_ms_at_{rate}": window["p99_ms"],
         f"tx_per_s_at_{rate}": window["tx_per_s"],
-        f"late_ms_at_{rate}": 1e3 * float(sent[2]),
+        f"late_ms_at_{rate}": 1e3 * late_s,
     }
 
 
@@ -343,13 +376,23 @@ def measure(bench: Bench) -> dict[str, Any]:
     return result
 
 
-def verdict(result: Mapping[str, Any], name: str) -> str:
+def verdict(
+    result: Mapping[str, Any],
+    name: str,
+    at_least: Mapping[str, float] = AT_LEAST,
+    at_most: Mapping[str, float] = AT_MOST,
+) -> str:
     """The goal, and whether it was met; nothing where there is none."""
-    if name not in AT_LEAST | AT_MOST:
+    if name not in {**at_least, **at_most}:
         return ""
-    met = result[name] >= AT_LEAST[name] if name in AT_LEAST else result[name] <= AT_MOST[name]
-    goal = f"at least {AT_LEAST[name]:,}" if name in AT_LEAST else f"at most {AT_MOST[name]:,}"
+    met = result[name] >= at_least[name] if name in at_least else result[name] <= at_most[name]
+    goal = f"at least {at_least[name]:,}" if name in at_least else f"at most {at_most[name]:,}"
     return f"{'met' if met else 'MISSED'}: {goal}"
+
+
+def aligned(rows: Iterable[tuple[str, str, str]]) -> str:
+    """What, how much, and whether that is enough."""
+    return "\n".join(f"{what:36}{figure:>16}   {judged}".rstrip() for what, figure, judged in rows)
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -376,8 +419,7 @@ def table(result: Mapping[str, Any]) -> str:
         ("  both", "worker_full_rss_mib", memory),
     ]
     flat = {**result, **result["stage_us"]}
-    lines = (f"{what:36}{form.format(flat[name]):>16}   {verdict(result, name)}" for what, name, form in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    return aligned((what, form.format(flat[name]), verdict(result, name)) for what, name, form in rows)
 
 
 def rounded(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -409,22 +451,33 @@ def sizes_of(words: Sequence[str]) -> Sizes:
     return replace(sizes, **{name: value for name, value in asked.items() if value is not None})
 
 
+def on_servers(
+    name: str,  # of the tool
+    steps: int,  # that it tells, these two among them
+    sizes: Sizes,
+    measure: Callable[[Bench], dict[str, Any]],
+) -> dict[str, Any] | None:  # None: a part failed, and it was said which
+    """Measure on servers of our own, with a model; all of it is gone afterwards."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers are stopped then, too
+    try:
+        say(f"[1/{steps}] servers: Kafka, Valkey, PostgreSQL")
+        with contextmanager(running_servers)() as running:
+            bench = Bench(running.home, running.addresses, running.home / "model.bundle", sizes)
+            say(f"[2/{steps}] model")
+            train(sizes.training_customers, RECIPE, bench.model)
+            return measure(bench)
+    except (BenchFailed, ServerError, Unavailable, OSError) as error:
+        say(f"{name}: {error}")
+    except KeyboardInterrupt:
+        say(f"{name}: interrupted")
+    return None
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """0: measured, whatever the goals say; 1: a part failed; 2: wrong usage."""
     sizes = sizes_of(sys.argv[1:] if words is None else words)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers are stopped then, too
-    try:
-        say("[1/6] servers: Kafka, Valkey, PostgreSQL")
-        with contextmanager(running_servers)() as running:
-            bench = Bench(running.home, running.addresses, running.home / "model.bundle", sizes)
-            say("[2/6] model")
-            train(sizes.training_customers, RECIPE, bench.model)
-            result = measure(bench)
-    except (BenchFailed, ServerError, Unavailable, OSError) as error:
-        say(f"bench: {error}")
-        return 1
-    except KeyboardInterrupt:
-        say("bench: interrupted")
+    result = on_servers("bench", 6, sizes, measure)
+    if result is None:
         return 1
     sys.stdout.write(report(result))
     return 0

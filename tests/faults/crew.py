@@ -18,7 +18,15 @@ from fraud_nb.adapters import postgres
 from fraud_nb.adapters.kafka_bus import DEAD_LETTERS, LABELS, PREDICTIONS, TRANSACTIONS
 from fraud_nb.adapters.memory import MemorySink, MemorySource, MemoryStateStore
 from fraud_nb.adapters.ports import SHARED, Fenced, Outgoing, Record, Unavailable
-from fraud_nb.adapters.postgres import AlreadyDecided, LabelLog, Logged, LogOverview, PostgresLog, VersionLog
+from fraud_nb.adapters.postgres import (
+    Accepted,
+    AlreadyDecided,
+    LabelLog,
+    Logged,
+    LogOverview,
+    PostgresLog,
+    VersionLog,
+)
 from fraud_nb.apps.work import share
 from fraud_nb.decision.judge import Model
 from fraud_nb.features.catalogue import FEATURE_NAMES
@@ -90,6 +98,10 @@ class PagedLog(PostgresLog):
     def read(self, partition: int, start: int, stop: int, page: int = SMALL_PAGE) -> Iterator[list[Logged]]:
         """Rows in order of offset, page by page."""
         return super().read(partition, start, stop, SMALL_PAGE)
+
+    def read_accepted(self, partition: int, start: int, stop: int, page: int = SMALL_PAGE) -> Iterator[list[Accepted]]:
+        """The same rows, likewise."""
+        return super().read_accepted(partition, start, stop, SMALL_PAGE)
 
 
 class Ledgers:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
-from kafka.admin import MemberToRemove
+from kafka.admin import ConfigResource, ConfigResourceType, MemberToRemove
 from kafka.partitioner.default import murmur2
 
 from fraud_nb.adapters import kafka_bus
@@ -374,6 +374,20 @@ def test_topics_are_made_once(servers: Any, monkeypatch: pytest.MonkeyPatch) -> 
     sent = producer.send(f"transactions-{suffix}", b"x", timestamp_ms=1_000).get(10)
     producer.close()
     assert sent.timestamp > 1_600_000_000_000  # the broker's clock, whatever the sender says
+
+
+def test_topics_are_kept_longer_than_the_log(servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    suffix = uuid.uuid4().hex[:8]
+    names = ("TRANSACTIONS", "LABELS", "PREDICTIONS", "DEAD_LETTERS")
+    for name in names:
+        monkeypatch.setattr(kafka_bus, name, f"{name.lower()}-{suffix}")
+    create_topics(servers.kafka, 1, keep_days=100)
+    topics = [ConfigResource(ConfigResourceType.TOPIC, f"{name.lower()}-{suffix}") for name in names]
+    admin = KafkaAdminClient(bootstrap_servers=servers.kafka)
+    (found,) = admin.describe_configs(topics).values()
+    admin.close()
+    kept = [int(found[f"{name.lower()}-{suffix}"]["retention.ms"]["value"]) for name in names]
+    assert kept == [130 * 86_400_000, -1, 130 * 86_400_000, 130 * 86_400_000]
 
 
 def test_no_broker_is_unavailable() -> None:

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['DECISION_LOG', 'HISTORY_LABELS_MODELS', 'SHARED_VERSIONS', 'TWO_WAYS_IN', 'GAPS', 'HELD_BACK', 'MIGRATIONS', 'ROLES',
            'GRANTS', 'Origin', 'NOWHERE', 'NOT_YET', 'COLUMNS', 'GRACE_S', 'CLOSING_S', 'READING_S', 'LOADING_S', 'Row',
-           'SeenLabels', 'SchemaMismatch', 'migrate', 'let_in', 'Judgement', 'Logged', 'Accepted', 'DeadLetter',
-           'Place', 'Repeat', 'SharedVersion', 'Tally', 'Claim', 'Batch', 'AlreadyDecided', 'Unstorable', 'OtherTopic',
-           'copy_line', 'Alarm', 'Session', 'LogPages', 'LogRows', 'LogReader', 'LogOverview', 'LogWriter',
-           'PostgresLog', 'AnswerLog', 'AlreadyLive', 'HistoryLoader', 'LabelBatch', 'NumberedLabel',
-           'standing_verdicts', 'LabelLog', 'SharedRow', 'nothing_yet', 'VersionReader', 'bounds_of', 'VersionLog']
+           'SeenLabels', 'PRUNED_AT_ONCE', 'GROWING', 'SchemaMismatch', 'migrate', 'let_in', 'Judgement', 'Logged',
+           'Accepted', 'DeadLetter', 'Place', 'Repeat', 'SharedVersion', 'Tally', 'Claim', 'Batch', 'AlreadyDecided',
+           'Unstorable', 'OtherTopic', 'copy_line', 'Alarm', 'Session', 'LogPages', 'LogRows', 'LogReach', 'LogReader',
+           'LogOverview', 'LogWriter', 'PostgresLog', 'AnswerLog', 'AlreadyLive', 'HistoryLoader', 'LabelBatch',
+           'NumberedLabel', 'standing_verdicts', 'LabelLog', 'SharedRow', 'nothing_yet', 'is_whole', 'VersionReader',
+           'bounds_of', 'VersionLog', 'Growth', 'LogOwner', 'LogPruner']
 
 # %% ../../nbs/43_postgres.ipynb #03712677
 import io
@@ -20,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -625,6 +627,10 @@ class LogRows(LogPages):
             )
             return [(int(offset), str(field), str(reason)) for offset, field, reason in cursor.fetchall()]
 
+# %% ../../nbs/43_postgres.ipynb #71e1d54e
+class LogReach(LogRows):
+    """From where to where the log goes."""
+
     def first_offset(self, partition: int) -> int:
         """Where the partition's history begins: 0, or below it where something was loaded before going live."""
         with self._transaction() as cursor:
@@ -637,8 +643,17 @@ class LogRows(LogPages):
             cursor.execute("SELECT partition, next_offset FROM progress")
             return dict(cursor.fetchall())
 
+    def floor(self) -> SharedVersion:
+        """The oldest version there is: below it the log was pruned. Where it never was, one that nothing is below."""
+        versions = "SELECT version, progress, label_seq, clock FROM shared_versions ORDER BY version LIMIT 1"
+        with self._transaction() as cursor:
+            cursor.execute(versions)
+            if (row := cursor.fetchone()) is not None and row[0] > 1:
+                return SharedVersion(row[0], tuple(row[1]), *row[2:])
+        return nothing_yet(len(self.progress()))
+
 # %% ../../nbs/43_postgres.ipynb #5d1e0009
-class LogReader(LogRows):
+class LogReader(LogReach):
     """The decision log for those who look: its rows, and what gives them meaning."""
 
     def asked(
@@ -1060,6 +1075,15 @@ def nothing_yet(
     """The version before the first: nothing is within."""
     return SharedVersion(0, (_BEFORE_ALL,) * partitions, 0, -1)
 
+
+def is_whole(
+    row: Logged,
+    floor: SharedVersion,  # from LogReader.floor
+) -> bool:
+    """Whether the log still has everything that was known when this was decided, or learned."""
+    reached = row.offset if row.state_version is None else row.state_version
+    return row.partition == NOWHERE or reached >= floor.progress[row.partition]
+
 # %% ../../nbs/43_postgres.ipynb #5d1e0005
 class VersionReader(Session):
     """The shared versions, and the purchases within them."""
@@ -1174,3 +1198,151 @@ class VersionLog(VersionReader):
                 _, labels = found.setdefault(ident, (SharedRow(merchant, device, paid, amount), []))
                 labels.append((int(not was_within), Label(ident, is_fraud, known, source)))
         return list(found.values())
+
+# %% ../../nbs/43_postgres.ipynb #f01191e9
+PRUNED_AT_ONCE = 10_000  # rows of one transaction
+_HORIZONS = """
+    CREATE TEMPORARY TABLE horizons AS
+    SELECT kind, owner, max(event_time) - %s AS horizon FROM decisions
+    JOIN unnest(%s::bigint[]) WITH ORDINALITY AS floor (stop, place) ON partition = place - 1 AND "offset" < stop
+    CROSS JOIN LATERAL (VALUES
+        ('customer', customer_id), ('merchant', merchant_id), ('device', device_id)) AS owners (kind, owner)
+    WHERE owner IS NOT NULL GROUP BY kind, owner;
+    CREATE UNIQUE INDEX horizons_owner ON horizons (kind, owner);
+    ANALYZE horizons;
+"""
+_UNSEEN = "NOT EXISTS (SELECT FROM verdicts WHERE verdicts.transaction_id = row.transaction_id)"
+_FORGOTTEN = f"""
+    {_UNSEEN} AND NOT EXISTS (
+        SELECT FROM horizons WHERE horizon < event_time AND (
+            kind = 'customer' AND owner = customer_id OR kind = 'merchant' AND owner = merchant_id
+            OR kind = 'device' AND owner = device_id))
+"""  # noqa: S608 (ours)
+_COUNT_BELOW = f"""
+    SELECT count(*), count(*) FILTER (WHERE {_FORGOTTEN}) FROM decisions row WHERE partition = %s AND "offset" < %s
+"""  # noqa: S608 (ours)
+_PRUNE = f"""
+    WITH page AS MATERIALIZED (
+        SELECT transaction_id, "offset" FROM decisions
+        WHERE partition = %s AND "offset" >= %s AND "offset" < %s ORDER BY "offset" LIMIT {PRUNED_AT_ONCE}),
+    gone AS (
+        DELETE FROM decisions row USING page
+        WHERE row.transaction_id = page.transaction_id AND {_FORGOTTEN} RETURNING 1)
+    SELECT coalesce(max("offset") + 1, %s), count(*), (SELECT count(*) FROM gone) FROM page
+"""  # noqa: S608 (ours)
+_NEVER_MET = f'FROM decisions row WHERE "offset" IS NULL AND record_time < %s AND {_UNSEEN}'
+_NEXT_NEVER_MET = f"decisions WHERE transaction_id IN (SELECT transaction_id {_NEVER_MET} LIMIT {PRUNED_AT_ONCE})"  # noqa: S608
+_OLDER_VERSIONS = "shared_versions WHERE version < least(%s, (SELECT min(version) FROM shared_versions) + %s)"
+
+
+def _ms_of(moment: datetime) -> int:
+    return int(moment.timestamp() * 1e3)
+
+# %% ../../nbs/43_postgres.ipynb #e5395af2
+class Growth(NamedTuple):
+    """How much room the log takes."""
+
+    decisions: int  # rows
+    bytes_of: dict[str, int]  # of each table, with its indexes; what was freed in them is used again
+
+    @property
+    def bytes_per_million(self) -> int | None:
+        """Of everything, for a million decisions; None where there are none."""
+        return sum(self.bytes_of.values()) * 1_000_000 // self.decisions if self.decisions else None
+
+
+GROWING = ("decisions", "labels", "shared_versions", "verdicts", "dead_letters", "repeats")
+
+
+class LogOwner(LogReader):
+    """The decision log, for whoever owns it; raises StoreUnavailable where that is somebody else."""
+
+    def __init__(self, dsn: str) -> None:
+        super().__init__(dsn, role="none")  # as whom they logged in
+
+    def _step(self, statement: str, values: Sequence[object]) -> tuple[int, ...]:
+        """Delete something, in a transaction of its own, and tell what the statement tells."""
+        while True:
+            try:
+                with self._transaction(READING_S) as cursor:
+                    cursor.execute(statement, values)
+                    failpoint("pruning")
+                    return tuple(cursor.fetchone())
+            except psycopg2.errors.ForeignKeyViolation:
+                continue  # a verdict came for one of them; now it is seen
+            except psycopg2.errors.InsufficientPrivilege:
+                raise StoreUnavailable("postgres: this user does not own the schema (see FRAUD_POSTGRES)") from None
+
+    def _delete(self, which: str, values: Sequence[object]) -> int:
+        statement = f"WITH gone AS (DELETE FROM {which} RETURNING 1) SELECT count(*) FROM gone"  # noqa: S608 (ours)
+        return self._step(statement, values)[0]
+
+    def days_ago(self, days: int) -> datetime:
+        """The moment so many days ago, by PostgreSQL's clock."""
+        with self._transaction() as cursor:
+            cursor.execute("SELECT now() - make_interval(days => %s)", (days,))
+            moment: datetime = cursor.fetchone()[0]
+            return moment
+
+    def growth(self) -> Growth:
+        """What the log takes on the disk."""
+        with self._transaction(LOADING_S) as cursor:
+            cursor.execute("SELECT count(*) FROM decisions")
+            (decisions,) = cursor.fetchone()
+            cursor.execute("SELECT name, pg_total_relation_size(name) FROM unnest(%s) AS name", (list(GROWING),))
+            return Growth(decisions, dict(cursor.fetchall()))
+
+# %% ../../nbs/43_postgres.ipynb #2e6143a7
+class LogPruner(LogOwner):
+    """The decision log, for the one who deletes what is too old."""
+
+    def floor_at(self, moment: datetime) -> SharedVersion:
+        """The floor when everything goes that was there before a moment; where that is nothing, today's."""
+        with self._transaction(READING_S) as cursor:
+            cursor.execute(
+                "SELECT version, progress, label_seq, clock FROM shared_versions "
+                "WHERE version > 1 AND closed_at < %s ORDER BY version DESC LIMIT 1",
+                (moment,),
+            )
+            row = cursor.fetchone()
+        return self.floor() if row is None else SharedVersion(row[0], tuple(row[1]), *row[2:])
+
+    def look_below(self, floor: SharedVersion, horizon_ms: int) -> None:
+        """Note what of every customer, shop and device may be forgotten; before `forgotten` and `prune`."""
+        with self._transaction(LOADING_S) as cursor:
+            cursor.execute("DROP TABLE IF EXISTS horizons")
+            cursor.execute(_HORIZONS, (horizon_ms, list(floor.progress)))
+
+    def forgotten(self, partition: int, stop: int) -> tuple[int, int]:
+        """How many rows there are below an offset, and how many of these go."""
+        with self._transaction(LOADING_S) as cursor:
+            cursor.execute(_COUNT_BELOW, (partition, stop))
+            rows, gone = cursor.fetchone()
+            return int(rows), int(gone)
+
+    def never_met(self, moment: datetime) -> int:
+        """How many decisions over HTTP from before a moment have no offset."""
+        with self._transaction(LOADING_S) as cursor:
+            cursor.execute(f"SELECT count(*) {_NEVER_MET}", (_ms_of(moment),))
+            return int(cursor.fetchone()[0])
+
+    def raise_floor(self, floor: SharedVersion) -> None:
+        """Delete the versions before it, the oldest first."""
+        while self._delete(_OLDER_VERSIONS, (floor.version, PRUNED_AT_ONCE)):
+            pass
+
+    def prune(self, partition: int, start: int, stop: int) -> tuple[int, int, int]:
+        """Delete what is forgotten among the next rows: where to go on, how many they were, how many went."""
+        following, rows, gone = self._step(_PRUNE, (partition, start, stop, stop))
+        return following, rows, gone
+
+    def prune_never_met(self, moment: datetime) -> None:
+        """Delete the decisions over HTTP from before a moment that have no offset."""
+        while self._delete(_NEXT_NEVER_MET, (_ms_of(moment),)):
+            pass
+
+    def prune_notes(self, floor: SharedVersion) -> None:
+        """Delete the dead letters and the repeats below the floor."""
+        for partition, stop in enumerate(floor.progress):
+            for table in ("dead_letters", "repeats"):
+                self._delete(f'{table} WHERE partition = %s AND "offset" < %s', (partition, stop))

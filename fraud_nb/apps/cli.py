@@ -7,7 +7,8 @@ __all__ = ['FAILURES', 'WRONG_USAGE', 'JOBS', 'SWITCH_S', 'BENTOFILE', 'prepared
            'command_down', 'command_check', 'progress_of', 'command_backfill', 'run_notebook', 'command_retrain',
            'command_backtest', 'command_evaluate', 'command_model', 'command_schedule', 'until_signal', 'send_all',
            'tell_unsent', 'command_produce', 'command_simulate', 'command_stream', 'command_dashboard', 'stop_when',
-           'command_bento', 'counted', 'command_verify', 'command_replay', 'command_demo', 'parser', 'main']
+           'command_bento', 'counted', 'command_verify', 'command_prune', 'pruned_figures', 'command_replay',
+           'command_demo', 'parser', 'main']
 
 # %% ../../nbs/79_cli.ipynb #fb2b30bc
 import argparse
@@ -35,6 +36,7 @@ from fraud_nb.adapters.postgres import (
     AlreadyLive,
     HistoryLoader,
     LogOverview,
+    LogPruner,
     OtherTopic,
     SchemaMismatch,
     let_in,
@@ -73,22 +75,23 @@ from ..operations.produce import Message, Sent, going_on, produce, recorded, sho
 from ..operations.release import attach_card, promote_model, roll_back
 from ..pipeline.champion import Champion
 from ..pipeline.intake import take_in
+from ..pipeline.prune import Pruned, prune
 from ..pipeline.replay import NothingToReplay, replay, told
 from ..pipeline.stream import Worker, run
-from ..pipeline.verify import Verdict, verify
+from ..pipeline.verify import PrunedMeanwhile, Verdict, verify
 
 # %% ../../nbs/79_cli.ipynb #e2820290
 FAILURES = (
     servers.ServerError, Unavailable, SchemaMismatch, WrongPartitionCount, OffsetGap, OtherTopic, BundleError,
     EvictingStore, AlreadyLive, AlreadyDecided, NoSuchModel, NothingToRollBackTo, NothingToReplay, JobFailed,
-    InvalidFile, DemoFailed, Taken, OSError,
+    InvalidFile, DemoFailed, Taken, PrunedMeanwhile, OSError,
 )  # fmt: skip
 WRONG_USAGE = (InvalidSetting, InvalidParameter, InvalidMap)
 
 # %% ../../nbs/79_cli.ipynb #071bbae2
 def prepared(settings: Settings, found: Addresses) -> str:
     """Make topics, schema and logins, where they are not there yet; what there is now."""
-    create_topics(found.kafka, settings.partitions)
+    create_topics(found.kafka, settings.partitions, settings.keep_days)
     version = migrate(found.postgres, settings.partitions)
     passwords = {
         "fraud_writer": settings.writer_password,
@@ -426,6 +429,7 @@ def counted(verdict: Verdict) -> dict[str, int]:
     return {
         "decisions": verdict.decisions, "judged": verdict.judged, "skipped": verdict.skipped,
         "mismatches": len(verdict.differences), "unpublished": verdict.unpublished, "gone": verdict.gone,
+        "kept": verdict.kept,
     }  # fmt: skip
 
 
@@ -455,10 +459,44 @@ def command_verify(settings: Settings, arguments: argparse.Namespace) -> int:
     if verdict.unpublished or verdict.gone or not verdict.is_whole:
         tiles = "" if verdict.is_whole else "; tiles moved on meanwhile and were not compared"
         say(f"verify: {verdict.unpublished} not published yet, {verdict.gone} gone before they were read{tiles}")
+    if verdict.kept:
+        say(f"verify: {verdict.kept} from before the pruning are state, and were not compared")
     if verdict.skipped and not verdict.decisions:
         say("verify: nothing was compared; run it with the code that decided, to prove anything")
         return 1
     return 1 if verdict.differences else 0
+
+# %% ../../nbs/79_cli.ipynb #6faeb65a
+def command_prune(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Delete old decisions that no profile and no tile is made of; their ids are new ones again. Needs the owner."""
+    found = servers.up(settings.home, say, kafka="not needed", redis="not needed", postgres=settings.postgres)
+    log = LogPruner(found.postgres)
+
+    def report(done: int, total: int) -> None:
+        say_over(f"prune: {done:,} of {total:,} old decisions looked at")
+
+    before = log.days_ago(settings.keep_days)
+    pruned = prune(log, before, arguments.dry_run, report)
+    say_over("")
+    went = "would go" if arguments.dry_run else "are gone"
+    if pruned.version == 0:
+        say(f"prune: nothing was there {settings.keep_days} days ago; {pruned.never_met:,} never met {went}")
+    else:
+        say(
+            f"prune: {pruned.gone:,} decisions from before {before:%Y-%m-%d %H:%M} UTC {went}, {pruned.kept:,} stay "
+            f"for profiles and tiles; {pruned.never_met:,} asked over HTTP and never met {went}"
+        )
+    sys.stdout.write(json.dumps(pruned_figures(pruned)) + "\n")
+    return 0
+
+
+def pruned_figures(pruned: Pruned) -> dict[str, object]:
+    """What went, for machines, and how much room a million decisions take."""
+    growth = pruned.growth
+    return {
+        "version": pruned.version, "gone": pruned.gone, "kept": pruned.kept, "never_met": pruned.never_met,
+        "decisions": growth.decisions, "bytes": growth.bytes_of, "bytes_per_million": growth.bytes_per_million,
+    }  # fmt: skip
 
 # %% ../../nbs/79_cli.ipynb #3fb8b07d
 def command_replay(settings: Settings, arguments: argparse.Namespace) -> int:
@@ -554,6 +592,7 @@ def _common(command: argparse.ArgumentParser, *names: str) -> None:
         "--port": {"type": int, "default": 8866, "metavar": "PORT", "help": "of the page (default: 8866)"},
         "--ip": {"default": "127.0.0.1", "help": "address; another one only behind a proxy (default: 127.0.0.1)"},
         "--model": {"type": Path, "metavar": "FILE", "help": "a model bundle, instead of the ledger's"},
+        "--dry-run": {"action": "store_true", "help": "say what would go, and delete nothing"},
         "--who": {"default": getpass.getuser(), "help": "who decides; for the ledger"},
         "--why": {"default": "by hand", "help": "for the ledger"},
     }
@@ -584,6 +623,11 @@ def parser() -> argparse.ArgumentParser:
         ("bento", command_bento, "package the prediction service with the champion inside"),
         ("verify", command_verify, "recompute every logged decision and compare"),
         ("replay", command_replay, "make one decision again and compare"),
+        (
+            "prune",
+            command_prune,
+            "delete decisions older than FRAUD_KEEP_DAYS that no state is made of; an id that went is a new one",
+        ),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run_it)
@@ -709,6 +753,7 @@ _ARGUMENTS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "bento": _bento_arguments,
     "verify": _verify_arguments,
     "replay": lambda command: _common(command, "id", "--model"),
+    "prune": lambda command: _common(command, "--dry-run"),
 }
 
 # %% ../../nbs/79_cli.ipynb #1251f600

@@ -372,7 +372,7 @@ def demo(
     plan.say("[1/6] servers: Kafka, Valkey, PostgreSQL")
     found = addresses_of(plan.settings, plan.say)
     try:
-        create_topics(found.kafka, plan.settings.partitions)
+        create_topics(found.kafka, plan.settings.partitions, plan.settings.keep_days)
         migrate(found.postgres, plan.settings.partitions)
         log = LogOverview(found.postgres)
         plan.say("[2/6] history: 120 days of a simulated town, loaded once")

@@ -55,6 +55,7 @@ SHAPES: Mapping[str, tuple[str, str]] = {  # field: (pattern of the whole value,
     "base_currency": (r"[A-Z]{3}", "write an ISO 4217 code of three capital letters, such as EUR"),
     "partitions": (r"0*([1-9]\d?|1\d\d|2[0-4]\d|25[0-6])", "write a whole number from 1 to 256"),
     "partitioner": (r"murmur2|crc32", "write murmur2 (Java, kafka-python) or crc32 (librdkafka)"),
+    "keep_days": (r"0*[1-9]\d{2,4}", "write whole days, from 100 (a profile reaches back 90) to 99999"),
     "declines_per_minute": (r"\d{1,9}", "write a whole number; 0: no cap"),
     "retrain_timeout_s": (r"0*[1-9]\d{0,5}", "write whole seconds, from 1 to 999999"),
     "verify_sample": (r"0(\.\d{1,6})?|1(\.0*)?", "write a share from 0 to 1, such as 0.1"),
@@ -97,6 +98,7 @@ class Settings:
     base_currency: str = "EUR"  # amounts are compared in this one
     partitions: int = 4  # of the topic transactions; fixed once there is data
     partitioner: Partitioner = "murmur2"  # how a customer id chooses its partition
+    keep_days: int = 400  # of decisions, and of topics; `fraud prune` deletes what is older and not needed
     declines_per_minute: int = 0  # at most; what is beyond is reviewed; 0: no cap
     mlflow_uri: str = "sqlite:///.fraud/mlflow.db"  # tracking and registry
     api_key: str = ""  # of the prediction service; empty is fine on loopback only

@@ -33,6 +33,18 @@ class History:
     vectors: npt.NDArray[np.float32]  # shape (n, features), columns as in the folding
     labels: list[Label]  # of these purchases, by the time they became known
 
+    def since(
+        self,
+        start_ms: int,  # event time, ms UTC
+    ) -> "History":
+        """The purchases from a moment on; what was before has taught the fold, and is no example."""
+        rows = np.flatnonzero(self.events["event_time"] >= start_ms)
+        ids = [self.transaction_ids[row] for row in rows.tolist()]
+        kept = set(ids)
+        labels = [label for label in self.labels if label.transaction_id in kept]
+        customers = [self.customers[row] for row in rows.tolist()]
+        return History(ids, customers, self.events[rows], self.vectors[rows], labels)
+
 # %% ../../nbs/32_dataset.ipynb #3f0efccc
 CHUNK = 20_000  # transactions; what lies in memory as Python objects at one time
 BASE_CURRENCY_ONLY = Rates()

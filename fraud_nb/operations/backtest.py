@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 import numpy as np
 import numpy.typing as npt
 
-from ..adapters.postgres import Logged, LogReader
+from ..adapters.postgres import Logged, LogReader, is_whole
 from ..decision.judge import Model
 from ..domain.money import Rates
 from ..domain.schema import Outcome
@@ -69,7 +69,8 @@ def backtest(
     start_ms: int,  # event time of the first decisions looked at, ms UTC
     stop_ms: int,  # and of the first no longer looked at
 ) -> Backtest:
-    """Decisions of some days, each scored again by its own model; raises NoSuchModel and BundleError."""
+    """Decisions of some days whose past was not pruned, each scored again; raises NoSuchModel and BundleError."""
+    floor = log.floor()
     kept: list[Logged] = []
     stored, again = list[float](), list[float]()
     outcomes: list[Outcome] = []
@@ -78,7 +79,9 @@ def backtest(
             mine = [
                 (place, row, row.judgement)
                 for place, row in enumerate(page)
-                if row.judgement is not None and start_ms <= row.transaction.event_time < stop_ms
+                if row.judgement is not None
+                and start_ms <= row.transaction.event_time < stop_ms
+                and is_whole(row, floor)
             ]
             for version in sorted({judgement.model_version for _, _, judgement in mine}):
                 of_model = [each for each in mine if each[2].model_version == version]

@@ -49,7 +49,9 @@ def recorded(
     """What has happened, to try a feature on; starts no server."""
     if settings.postgres or all(find(server) is not None for server in servers(settings.home.resolve())):
         log = LogReader(addresses_of(settings, lambda _: None).postgres)
-        return "decision log", list(purchases_of(logged_past(log)))
+        purchases = list(purchases_of(logged_past(log)))
+        floor = log.floor().clock  # what a pruning has left is no history
+        return "decision log", [each for each in purchases if each[0].event_time > floor]
     town = shop_town(customers, seed)
     past = known_by(simulated_past(town), town.start_ms + town.days * DAY_MS)
     return "simulated town", list(purchases_of(past))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..adapters.postgres import NOT_YET, NOWHERE, Judgement, Logged, LogOverview
+from ..adapters.postgres import NOT_YET, NOWHERE, Judgement, Logged, LogOverview, is_whole
 from ..features.catalogue import Vector
 from ..features.fold import fold, fold_blind
 from ..features.profile import Profiles
@@ -68,6 +68,8 @@ def replay(
         raise NothingToReplay("replay: this transaction is history from before going live; it was never decided")
     reached = row.offset if row.state_version is None else row.state_version
     stored, rows = row.judgement, [*log.of_customer(row.partition, row.transaction.customer_id, reached), row]
+    if not is_whole(row, log.floor()):  # asked last: what was read before the floor rose is all there
+        raise NothingToReplay("replay: what was known before this decision is older than FRAUD_KEEP_DAYS, and pruned")
     layouts = layouts_of(log.feature_sets())
     layout = layouts[stored.feature_set]
     can_fold = layout.is_known and row.partition != NOWHERE

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NEVER', 'ModelOf', 'Matrix', 'Difference', 'differing_stage', 'Layout', 'layouts_of', 'narrowed', 'widened',
-           'judge_again', 'differing_rows', 'Verdict', 'sources_of', 'topic_difference', 'letter_difference',
-           'unaccounted', 'differing_state', 'SharedAudit', 'differing_tiles', 'first_within', 'first_known',
-           'fold_page', 'walk', 'vectors_without_past', 'Bus', 'in_sample', 'Comparison', 'Partition',
-           'differing_partition', 'verify']
+           'judge_again', 'differing_rows', 'PrunedMeanwhile', 'Verdict', 'sources_of', 'topic_difference',
+           'letter_difference', 'unaccounted', 'differing_state', 'version_read', 'SharedAudit', 'differing_tiles',
+           'first_within', 'first_known', 'fold_page', 'walk', 'vectors_without_past', 'Bus', 'in_sample', 'Comparison',
+           'Partition', 'differing_partition', 'verify']
 
 # %% ../../nbs/52_verify.ipynb #20201e99
 import zlib
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..adapters.ports import SHARED, Record, StateStore
-from ..adapters.postgres import Judgement, Logged, LogOverview, LogReader, SharedVersion
+from ..adapters.postgres import Judgement, Logged, LogOverview, LogReader, SharedVersion, is_whole
 from ..decision.judge import Model, judge
 from ..domain.money import Rates
 from ..domain.schema import InvalidTransaction, Label, Outcome, decode, payload_hash
@@ -130,6 +130,10 @@ def differing_rows(
     ]
 
 # %% ../../nbs/52_verify.ipynb #ee63bb69
+class PrunedMeanwhile(RuntimeError):
+    """Rows went while we looked: what was found says nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What a verification found."""
@@ -141,16 +145,18 @@ class Verdict:
     unpublished: int  # offsets that the log has and the topics do not have yet
     gone: int  # records that retention took before anybody read them
     is_whole: bool  # tiles were compared, too; on a system at work they move on while we look
+    kept: int  # rows that a pruning has left without their past: folded, and not compared
 
 
 def sources_of(
     records: Iterable[Record],  # predictions or dead letters
     partition: int,
+    start: int,  # what is below was pruned
     stop: int,  # only what was published by then
 ) -> list[int]:
     """The offsets they are about, in their order."""
     pairs = (dict(record.headers)["source"].decode().split(":") for record in records)
-    return [int(offset) for where, offset in pairs if where == str(partition) and int(offset) < stop]
+    return [int(offset) for where, offset in pairs if where == str(partition) and start <= int(offset) < stop]
 
 
 def topic_difference(
@@ -226,6 +232,17 @@ def differing_state(
             return Difference("state", partition, -1)
     return None
 
+# %% ../../nbs/52_verify.ipynb #c35e7557
+def version_read(
+    row: Logged,
+    floor: SharedVersion,
+) -> int:  # -1: none that can be made again
+    """Which version of the tiles the row was told."""
+    if row.judgement is None or not row.judgement.shared or not is_whole(row, floor):
+        return -1
+    version = row.judgement.shared_version
+    return -1 if 0 < version < floor.version else version
+
 # %% ../../nbs/52_verify.ipynb #5fb10002
 @dataclass(slots=True)
 class SharedAudit:
@@ -239,15 +256,16 @@ class SharedAudit:
     newest: int = 0  # version that was read
     unread: Changes = field(default_factory=lambda: np.empty(0, CHANGE))  # of the tiles, since then
 
-    def gather(self, page: Sequence[Logged]) -> None:
+    def gather(self, page: Sequence[Logged], floor: SharedVersion) -> None:
         """The next rows, in any order of partitions."""
         owners = [owners_of(row.transaction.merchant_id, row.transaction.device_id) for row in page]
-        read = [row.judgement.shared_version if row.judgement and row.judgement.shared else -1 for row in page]
+        read = [version_read(row, floor) for row in page]
         width = [len(row.judgement.shared) // 8 if row.judgement else 0 for row in page]  # older code told less
         cells = [(row.partition, row.offset, row.transaction.event_time, row.amount_base) for row in page]
         self.ids += [row.transaction.transaction_id for row in page]
         self.slots.append(self.tiles.slots_of(owners))
-        self.rows.append(np.column_stack([np.array(cells, np.int64), np.array(read, np.int64), np.array(width)]))
+        known = np.array(cells, np.int64).reshape(-1, 4)  # of a page of which nothing is learned yet, none
+        self.rows.append(np.column_stack([known, np.array(read, np.int64), np.array(width, np.int64)]))
         self.told.append(told_then(page))
 
     def differences(
@@ -361,7 +379,8 @@ def walk(
         waiting |= {row.transaction.transaction_id: (row, answer) for row, answer in zip(asked, answers, strict=True)}
         for place, row in enumerate(page):
             if row.state_version is not None:
-                _, vectors[place] = waiting.pop(row.transaction.transaction_id)
+                # Where a pruning is at work, a row may go between the two looks; nobody compares it.
+                _, vectors[place] = waiting.pop(row.transaction.transaction_id, (row, vectors[place]))
             elif row.origin == "http":
                 vectors[place] = fold_blind(events_of_rows([row]), told_then([row]))[0]
         if page:
@@ -408,9 +427,11 @@ class Comparison:
     model_of: ModelOf
     base_currency: str  # ISO 4217
     share: float  # of decisions that are judged again
+    floor: SharedVersion
     decisions: int = 0
     judged: int = 0
     skipped: int = 0
+    kept: int = 0
     differences: list[Difference] = field(default_factory=list)
 
     def compare(
@@ -422,6 +443,9 @@ class Comparison:
         sample, features = list[tuple[Logged, Judgement]](), list[bytes]()
         for row, vector in zip(rows, vectors, strict=True):
             stored = row.judgement
+            if not is_whole(row, self.floor):
+                self.kept += 1
+                continue
             if stored is None:
                 continue
             layout = self.layouts[stored.feature_set]
@@ -444,6 +468,7 @@ class Partition:
     """How far one partition had come when the look began."""
 
     number: int
+    floor: int  # below, the log was pruned
     logged: int  # the log's next offset
     published: int  # the topics'
 
@@ -461,27 +486,28 @@ def differing_partition(
     made: list[int] = []  # offsets that were given a decision, so that a prediction must be there
     for rows, vectors in walk(log, number, part.logged, profiles):
         see(rows, vectors)
-        live = [row for row in rows if 0 <= row.offset < part.logged]
+        live = [row for row in rows if max(0, part.floor) <= row.offset < part.logged]
         decided |= {row.offset: row.payload_hash for row in live}
         made += [row.offset for row in live if row.judgement is not None and row.offset < part.published]
-    refused = [offset for offset, _, _ in log.read_dead_letters(number, 0, part.logged)]
-    noted = {*refused, *log.read_repeats(number, 0, part.logged)}
+    refused = [offset for offset, _, _ in log.read_dead_letters(number, part.floor, part.logged)]
+    noted = {*refused, *log.read_repeats(number, part.floor, part.logged)}
     told = [offset for offset in refused if offset < part.published]
 
     def go_on(start: int, stop: int) -> None:
         for page in log.read(number, start, stop):
             profiles.learn([row.transaction.customer_id for row in page], events_of_rows(page))
 
-    sources = sources_of(bus.predictions(number), number, 1 << 62)
+    sources = sources_of(bus.predictions(number), number, part.floor, 1 << 62)
     early = [source for source in sources if source < part.published]
     reached = log.progress()[number]  # asked after the topic: what is told is in the log by then
     ahead = min((source for source in sources if source >= reached), default=None)
+    sent = (record for record in bus.transactions(number) if record.offset >= part.floor)
     found = (
         differing_state(store, profiles, number, part.logged, go_on),
-        unaccounted(bus.transactions(number), part.logged, decided, noted, number, default_currency),
+        unaccounted(sent, part.logged, decided, noted, number, default_currency),
         topic_difference(made, early, number),
         None if ahead is None else Difference("topic", number, ahead),
-        letter_difference(told, sources_of(bus.dead_letters, number, part.published), number),
+        letter_difference(told, sources_of(bus.dead_letters, number, part.floor, part.published), number),
     )
     return [difference for difference in found if difference is not None]
 
@@ -496,22 +522,25 @@ def verify(
     share: float = 1.0,  # of the decisions that are judged again; features are compared for all
     report: Callable[[int, int], None] | None = None,  # told how many rows are done, of about how many
 ) -> Verdict:
-    """Compare everything with a recomputation from the log."""
-    comparison = Comparison(layouts_of(log.feature_sets()), model_of, base_currency, share)
-    ends, done = log.progress(), 0
-    audit, is_whole = SharedAudit(), True
+    """Compare everything with a recomputation from the log; raises PrunedMeanwhile."""
+    floor, ends, done = log.floor(), log.progress(), 0
+    comparison = Comparison(layouts_of(log.feature_sets()), model_of, base_currency, share, floor)
+    audit, has_tiles = SharedAudit(), True
     total = sum(end - log.first_offset(number) for number, end in ends.items())
 
     def see(rows: list[Logged], vectors: Matrix) -> None:
         nonlocal done
         comparison.compare(rows, vectors)
-        audit.gather([row for row in rows if row.offset < ends[row.partition]])
+        audit.gather([row for row in rows if row.offset < ends[row.partition]], floor)
         done += len(rows)
         if report is not None:
             report(min(done, total), total)
 
     differences: list[Difference] = []
-    parts = [Partition(number, end, min(end, bus.published.get(number, 0))) for number, end in sorted(ends.items())]
+    parts = [
+        Partition(number, floor.progress[number], end, min(end, bus.published.get(number, 0)))
+        for number, end in sorted(ends.items())
+    ]
     for part in parts:
         differences += differing_partition(log, store, bus, part, default_currency, see)
     for rows in log.without_past():
@@ -519,10 +548,12 @@ def verify(
     if audit.ids:
         versions = log.shared_versions()
         differences += audit.differences(versions, log.labels())
-        state, is_whole = differing_tiles(store, audit, versions, ends)
+        state, has_tiles = differing_tiles(store, audit, versions, ends)
         differences += [] if state is None else [state]
+    if log.floor() != floor:
+        raise PrunedMeanwhile("verify: the log was pruned meanwhile; run it again")
     unpublished = sum(part.logged - part.published for part in parts)
     return Verdict(
         comparison.decisions, comparison.judged, comparison.skipped, (*comparison.differences, *differences),
-        unpublished, sum(stop - start for _, start, stop in log.gaps()), is_whole,
+        unpublished, sum(stop - start for _, start, stop in log.gaps()), has_tiles, comparison.kept,
     )  # fmt: skip

@@ -9,13 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
-from kafka.admin import MemberToRemove
+from kafka.admin import ConfigResource, ConfigResourceType, MemberToRemove
 from kafka.partitioner.default import murmur2
 
 from fraud_nb.adapters import kafka_bus
 from fraud_nb.adapters.kafka_bus import (
     LARGEST_RECORD,
-    PREDICTIONS,
     KafkaSink,
     KafkaSource,
     RecordTooLarge,
@@ -27,6 +26,7 @@ from fraud_nb.adapters.kafka_bus import (
 from fraud_nb.adapters.memory import MemorySink, MemorySource
 from fraud_nb.adapters.ports import BusUnavailable, Fenced, Headers, OffsetGap, Outgoing, Record, Sink, Source
 from fraud_nb.adapters.servers import Addresses
+from fraud_nb.apps import parts
 from fraud_nb.apps.parts import open_bus
 
 PARTITIONS = 2
@@ -375,44 +375,64 @@ def test_a_session_is_as_long_as_the_broker_wants(servers: Any) -> None:
     bus.close()
 
 
+def make_own_topics(bootstrap: str, patch: pytest.MonkeyPatch, partitions: int, **options: int) -> dict[str, str]:
+    """The four topics under names of their own, by the name of the constant: others use this broker, too."""
+    topics = {
+        name: f"{name.lower()}-{uuid.uuid4().hex[:8]}"
+        for name in ("TRANSACTIONS", "LABELS", "PREDICTIONS", "DEAD_LETTERS")
+    }
+    for name, topic in topics.items():
+        for module in (kafka_bus, parts):
+            patch.setattr(module, name, topic)
+    create_topics(bootstrap, partitions, **options)
+    return topics
+
+
 def test_topics_are_made_once(servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    suffix = uuid.uuid4().hex[:8]
-    for name in ("TRANSACTIONS", "LABELS", "PREDICTIONS", "DEAD_LETTERS"):
-        monkeypatch.setattr(kafka_bus, name, f"{name.lower()}-{suffix}")
-    create_topics(servers.kafka, 3)
+    topics = make_own_topics(servers.kafka, monkeypatch, 3)
     create_topics(servers.kafka, 3)
     with pytest.raises(WrongPartitionCount, match="has 3 partitions, 4 are wanted"):
         create_topics(servers.kafka, 4)
     producer = KafkaProducer(bootstrap_servers=servers.kafka)
-    sent = producer.send(f"transactions-{suffix}", b"x", timestamp_ms=1_000).get(10)
+    sent = producer.send(topics["TRANSACTIONS"], b"x", timestamp_ms=1_000).get(10)
     producer.close()
     assert sent.timestamp > 1_600_000_000_000  # the broker's clock, whatever the sender says
 
 
-def test_verification_waits_for_what_a_killed_worker_left_open(servers: Any) -> None:
-    create_topics(servers.kafka, 4)
+def test_verification_waits_for_what_a_killed_worker_left_open(servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    topics = make_own_topics(servers.kafka, monkeypatch, 4)
     killed = KafkaProducer(
         bootstrap_servers=servers.kafka, transactional_id=f"killed-{uuid.uuid4().hex}", transaction_timeout_ms=2_000
     )
     killed.init_transactions()
     killed.begin_transaction()
     another = KafkaProducer(bootstrap_servers=servers.kafka)
-    before = read_topic(servers.kafka, PREDICTIONS)
     for producer, value in ((killed, b"half"), (another, b"whole")):
-        producer.send(PREDICTIONS, value, partition=0).get(10)
-    assert read_topic(servers.kafka, PREDICTIONS) == before, "it is behind a transaction that nobody ends"
+        producer.send(topics["PREDICTIONS"], value, partition=0).get(10)
+    assert read_topic(servers.kafka, topics["PREDICTIONS"]) == [], "it is behind a transaction that nobody ends"
     found, told = Addresses(servers.kafka, "", ""), list[str]()
-    with pytest.raises(BusUnavailable, match=f"topic {PREDICTIONS}: a transaction is still open after 0.1 s"):
+    with pytest.raises(BusUnavailable, match=f"topic {topics['PREDICTIONS']}: a transaction is still open after 0.1 s"):
         open_bus(found, told.append, deadline_s=0.1)
-    seen = open_bus(found, told.append).predictions(0)
-    assert [record.value for record in seen if record not in before] == [b"whole"]
+    assert [record.value for record in open_bus(found, told.append).predictions(0)] == [b"whole"]
     assert [line.partition(",")[0] for line in told] == 2 * [
-        f"Kafka: topic {PREDICTIONS}: waiting for a transaction that is open"
+        f"Kafka: topic {topics['PREDICTIONS']}: waiting for a transaction that is open"
     ]
     open_bus(found, told.append)
     assert len(told) == 2, "nothing is open now"
     for producer in (killed, another):
         producer.close(timeout=0)
+
+
+def test_topics_are_kept_longer_than_the_log(servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    topics = make_own_topics(servers.kafka, monkeypatch, 1, keep_days=100)
+    admin = KafkaAdminClient(bootstrap_servers=servers.kafka)
+    (found,) = admin.describe_configs(
+        [ConfigResource(ConfigResourceType.TOPIC, topic) for topic in topics.values()]
+    ).values()
+    admin.close()
+    kept = {name: int(found[topic]["retention.ms"]["value"]) for name, topic in topics.items()}
+    as_the_log = 130 * 86_400_000
+    assert kept == dict.fromkeys(topics, as_the_log) | {"LABELS": -1}
 
 
 def test_no_broker_is_unavailable() -> None:

@@ -13,7 +13,7 @@ from fraud_nb.decision.judge import Model
 from fraud_nb.domain.schema import Transaction, encode
 from fraud_nb.features.catalogue import FEATURE_NAMES
 from fraud_nb.pipeline.stream import Worker, step
-from fraud_nb.pipeline.verify import Difference, verify
+from fraud_nb.pipeline.verify import Difference, Verdict, verify
 from tests.e2e.stream_kit import NOON, bus_of
 
 ADA, PARTITIONS = b"ada", 4
@@ -70,14 +70,23 @@ def at(*offsets: int) -> list[str]:
     return [f"{HOME}:{offset}" for offset in offsets]
 
 
-def differences(worker: Rehearsal, published: Iterable[Outgoing] | None = None) -> list[Difference]:
-    """What a recomputation from the log finds; `published` is what is on the topics, if not what the sink was given."""
+def verified(
+    worker: Rehearsal,
+    published: Iterable[Outgoing] | None = None,  # what is on the topics, if not what the sink was given
+    share: float = 1.0,  # of the decisions that are judged again
+) -> Verdict:
+    """What a recomputation from the log finds."""
     told = [
         Record(each.topic, each.partition or 0, place, 0, each.key, each.value, each.headers)
         for place, each in enumerate(worker.sink.published if published is None else published)
     ]
     sent = [record for records in worker.source.records for record in records]
-    return list(verify(worker.overview, worker.store, bus_of([*sent, *told]), lambda _: worker.model).differences)
+    return verify(worker.overview, worker.store, bus_of([*sent, *told]), lambda _: worker.model, share=share)
+
+
+def differences(worker: Rehearsal, published: Iterable[Outgoing] | None = None) -> list[Difference]:
+    """What is not as the log says."""
+    return list(verified(worker, published).differences)
 
 
 def feature(row: Logged, name: str) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 LOG, STORES, BUS = "tests/contracts/test_log.py", "tests/contracts/test_stores.py", "tests/contracts/test_bus.py"
 WORKER, ANSWERS, INTAKE = (f"tests/contracts/test_{name}.py" for name in ("worker", "answers", "intake"))
 VERIFY, SETBACKS = "tests/contracts/test_verify.py", "tests/contracts/test_setbacks.py"
+PRUNE = "tests/contracts/test_prune.py"
 VERSIONS, ADMISSION = "tests/contracts/test_versions.py", "tests/contracts/test_admission.py"
 LEDGER, ROLES = "tests/contracts/test_ledger.py", "tests/contracts/test_roles.py"
 BUNDLE, FOLD, TILES = (
@@ -951,6 +952,57 @@ PROOF = (
     ),
 )
 
+WHAT_GOES = (
+    mutant(
+        "pruning looks at customers only",
+        "a shop forgets purchases that its tiles are made of",
+        "adapters/postgres.py",
+        "kind = 'customer' AND owner = customer_id OR kind = 'merchant' AND owner = merchant_id",
+        "kind = 'customer' AND owner = customer_id",
+        f"{PRUNE}::test_a_fold_of_what_is_kept_is_a_fold_of_everything",
+    ),
+    mutant(
+        "pruning looks back half as far as a profile",
+        "a profile that is rebuilt lacks purchases",
+        "pipeline/prune.py",
+        "log.look_below(floor, HORIZON_MS)",
+        "log.look_below(floor, HORIZON_MS // 2)",
+        f"{PRUNE}::test_a_fold_of_what_is_kept_is_a_fold_of_everything",
+    ),
+    mutant(
+        "rows go and the floor stays",
+        "verify reports what was pruned as lost",
+        "pipeline/prune.py",
+        "    log.raise_floor(floor)\n",
+        "",
+        f"{PRUNE}::test_nobody_can_tell_that_a_log_was_pruned",
+    ),
+    mutant(
+        "verify compares what has no past any more",
+        "a pruned log looks broken",
+        "pipeline/verify.py",
+        "            if not is_whole(row, self.floor):\n",
+        "            if False:\n",
+        f"{PRUNE}::test_nobody_can_tell_that_a_log_was_pruned",
+    ),
+    mutant(
+        "verify does not see the floor rise",
+        "a pruning beside it looks like a loss",
+        "pipeline/verify.py",
+        "    if log.floor() != floor:\n",
+        "    if False:\n",
+        f"{PRUNE}::test_a_floor_that_rises_while_we_look_is_said",
+    ),
+    mutant(
+        "replay does not know the floor",
+        "a decision without its past is told as another one",
+        "pipeline/replay.py",
+        "    if not is_whole(row, log.floor()):",
+        "    if False:",
+        f"{PRUNE}::test_what_is_below_the_floor_is_no_example_and_no_evidence",
+    ),
+)
+
 HARMLESS = (
     harmless(
         "a store that is up to date is read again",
@@ -963,4 +1015,15 @@ HARMLESS = (
     ),
 )
 
-MUTANTS = (*THE_LOG, *THE_STORE, *THE_BUS, *WHO_IS_LET_IN, *OVER_HTTP, *LABELS_AND_SHOPS, *MODELS, *PROOF, *HARMLESS)
+MUTANTS = (
+    *THE_LOG,
+    *THE_STORE,
+    *THE_BUS,
+    *WHO_IS_LET_IN,
+    *OVER_HTTP,
+    *LABELS_AND_SHOPS,
+    *MODELS,
+    *PROOF,
+    *WHAT_GOES,
+    *HARMLESS,
+)

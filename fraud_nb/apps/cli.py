@@ -354,12 +354,12 @@ def command_stream(settings: Settings, arguments: argparse.Namespace) -> int:
     model = champion.current(None, time.monotonic()) if champion else fixed
     if model is None:
         refused = champion is not None and champion.refused is not None
-        why = "the champion is refused, as said above" if refused else "the ledger has no champion"
+        why = "no promotion can be served, as said above" if refused else "the ledger has no champion"
         say(f"fraud: {why} (run: fraud retrain --promote), or name a file: --model FILE")
         return 1
     worker, intake = open_worker(settings, found, model), open_intake(found)
     if arguments.metrics_port:
-        serve_metrics(WorkerCollector(worker, intake), arguments.metrics_port, settings.metrics_host)
+        serve_metrics(WorkerCollector(worker, intake, champion), arguments.metrics_port, settings.metrics_host)
     reporter = Reporter(worker.counts, log, Hourglass(arguments.status_every, time.monotonic()))
     life = Life(worker, intake, champion, reporter, time.monotonic)
     ended = threading.Event()

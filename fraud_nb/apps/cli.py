@@ -6,8 +6,9 @@
 __all__ = ['FAILURES', 'WRONG_USAGE', 'JOBS', 'SWITCH_S', 'BENTOFILE', 'prepared', 'command_up', 'command_migrate',
            'command_down', 'command_check', 'progress_of', 'command_backfill', 'run_notebook', 'command_retrain',
            'command_backtest', 'command_evaluate', 'command_model', 'command_schedule', 'until_signal', 'send_all',
-           'tell_unsent', 'command_produce', 'command_simulate', 'command_stream', 'command_dashboard', 'stop_when',
-           'command_bento', 'counted', 'command_verify', 'command_replay', 'command_demo', 'parser', 'main']
+           'tell_unsent', 'command_produce', 'command_simulate', 'command_stream', 'decide', 'command_dashboard',
+           'stop_when', 'command_bento', 'counted', 'command_verify', 'command_replay', 'command_demo', 'parser',
+           'main']
 
 # %% ../../nbs/79_cli.ipynb #fb2b30bc
 import argparse
@@ -347,6 +348,14 @@ SWITCH_S = (
 
 def command_stream(settings: Settings, arguments: argparse.Namespace) -> int:
     """Work until Ctrl-C, or until nothing has come for a while."""
+    if settings.kafka and settings.redis and settings.postgres:
+        return decide(settings, arguments)  # the home is not touched
+    with servers.at_work(settings.home, "stream"):
+        return decide(settings, arguments)
+
+
+def decide(settings: Settings, arguments: argparse.Namespace) -> int:
+    """A worker's life."""
     log = log_to(logging.StreamHandler(sys.stderr))
     fixed = model_in(arguments.model) if arguments.model else None
     found = addresses_of(settings, say)

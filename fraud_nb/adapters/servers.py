@@ -6,12 +6,12 @@
 __all__ = ['Report', 'MARKER', 'PORT_NAMES', 'FIRST_PORT', 'PORT_COUNT', 'ENVIRONMENT', 'VALKEY_CONFIGURATION', 'BROKER_JARS',
            'LIBRARY_JARS', 'COORDINATES', 'JARS', 'KAFKA_CONFIGURATION', 'LOG_CONFIGURATION', 'JAVA_OPTIONS',
            'START_SECONDS', 'RELEASE_SECONDS', 'CHILDREN_REMAIN', 'SPACE_BYTES', 'POLITE_SECONDS', 'HARD_SECONDS',
-           'Addresses', 'ServerError', 'Server', 'servers', 'find', 'alive', 'claim', 'write_whole', 'locked',
-           'kept_password', 'is_free', 'kept_ports', 'exchange', 'valkey_answers', 'postgres_answers', 'kafka_answers',
-           'Account', 'unprivileged', 'require_passage', 'launch', 'run_tool', 'last_line', 'wheel', 'valkey_command',
-           'postgres_command', 'make_cluster', 'forget_ended_pid', 'is_whole', 'kafka_jars', 'download',
-           'kafka_command', 'ensure', 'start', 'log_end', 'up', 'start_all', 'addresses_of', 'down', 'send',
-           'wait_for_end']
+           'Addresses', 'ServerError', 'Server', 'servers', 'find', 'alive', 'claim', 'write_whole', 'locked', 'usable',
+           'kept_password', 'holders', 'at_work', 'is_free', 'kept_ports', 'exchange', 'valkey_answers',
+           'postgres_answers', 'kafka_answers', 'Account', 'unprivileged', 'require_passage', 'launch', 'run_tool',
+           'last_line', 'wheel', 'valkey_command', 'postgres_command', 'make_cluster', 'forget_ended_pid', 'is_whole',
+           'kafka_jars', 'download', 'kafka_command', 'ensure', 'start', 'log_end', 'up', 'start_all', 'addresses_of',
+           'down', 'send', 'wait_for_end']
 
 # %% ../../nbs/46_servers.ipynb #c6a49f96
 import base64
@@ -35,7 +35,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -163,6 +163,25 @@ def locked(home: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def usable(home: Path) -> Iterator[Path]:  # absolute
+    """The folder, made where it is missing; what stands in the way of using it becomes a ServerError."""
+    home = home.absolute()
+    try:
+        if not home.exists():
+            home.mkdir(parents=True)
+            home.chmod(0o711 if os.geteuid() == 0 else 0o700)
+        yield home
+    except PermissionError as error:
+        problem = f"no right to use {error.filename}"
+        raise ServerError("servers", problem, "run as the user who owns it, or set FRAUD_HOME") from error
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        problem = f"no space left for {home}"
+        raise ServerError("servers", problem, "free 500 MB, or set FRAUD_HOME to another disk") from error
+
+
 def kept_password(home: Path) -> str:
     """The random password of Valkey and PostgreSQL, made the first time."""
     path = home / "servers.password"
@@ -172,6 +191,35 @@ def kept_password(home: Path) -> str:
         raise ServerError("postgres", f"{path} is missing", f"restore it, or move {home / 'postgres'} away")
     write_whole(path, secrets.token_hex(16))
     return path.read_text()
+
+# %% ../../nbs/46_servers.ipynb #80993b17
+def holders(path: Path) -> list[int]:  # pids
+    """Other processes that have the file open, as far as they are ours to see."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.pid != os.getpid() and str(path.resolve()) in {each.path for each in process.open_files()}:
+                found.append(process.pid)
+    return found
+
+
+@contextmanager
+def at_work(
+    home: Path,
+    name: str,  # of the program
+    is_alone: bool = False,  # refuse where another one is at work, and let none begin
+) -> Iterator[None]:
+    """Work in a home; raises ServerError."""
+    with usable(home) as folder:
+        file = (folder / f"{name}.lock").open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if is_alone else fcntl.LOCK_SH)
+        except BlockingIOError:
+            pids = ", ".join(map(str, holders(Path(file.name))))
+            problem = f"one is at work in {folder}" + (f", process {pids}" if pids else "")
+            raise ServerError(name, problem, "stop it, or set FRAUD_HOME to another folder") from None
+        yield
 
 # %% ../../nbs/46_servers.ipynb #d2d116bc
 PORT_NAMES = ("kafka", "controller", "valkey", "postgres")  # the controller is Kafka's own second port
@@ -672,23 +720,11 @@ def up(
     """Make all three servers answer, and say where."""
     if kafka and redis and postgres:
         return Addresses(kafka, redis, postgres)  # and home is not touched
-    try:
-        home = home.absolute()
-        if not home.exists():
-            home.mkdir(parents=True)
-            home.chmod(0o711 if os.geteuid() == 0 else 0o700)
-        if shutil.disk_usage(home).free < SPACE_BYTES:
+    with usable(home) as folder:
+        if shutil.disk_usage(folder).free < SPACE_BYTES:
             raise OSError(errno.ENOSPC, "less than 500 MB free")
-        with locked(home):
-            return start_all(home.resolve(), report, Addresses(kafka or "", redis or "", postgres or ""))
-    except PermissionError as error:
-        problem = f"no right to use {error.filename}"
-        raise ServerError("servers", problem, "run as the user who owns it, or set FRAUD_HOME") from error
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        problem = f"no space left for {home}"
-        raise ServerError("servers", problem, "free 500 MB, or set FRAUD_HOME to another disk") from error
+        with locked(folder):
+            return start_all(folder.resolve(), report, Addresses(kafka or "", redis or "", postgres or ""))
 
 # %% ../../nbs/46_servers.ipynb #ffa41cdf
 def start_all(

@@ -6,9 +6,9 @@
 __all__ = ['FAILURES', 'WRONG_USAGE', 'JOBS', 'SWITCH_S', 'BENTOFILE', 'prepared', 'command_up', 'command_migrate',
            'command_down', 'command_check', 'progress_of', 'command_backfill', 'run_notebook', 'command_retrain',
            'command_backtest', 'command_evaluate', 'command_model', 'command_schedule', 'until_signal', 'send_all',
-           'tell_unsent', 'command_produce', 'command_simulate', 'command_stream', 'command_dashboard', 'stop_when',
-           'command_bento', 'counted', 'command_verify', 'command_prune', 'pruned_figures', 'command_replay',
-           'command_demo', 'parser', 'main']
+           'tell_unsent', 'command_produce', 'command_simulate', 'command_stream', 'decide', 'command_dashboard',
+           'stop_when', 'command_bento', 'counted', 'command_verify', 'command_prune', 'pruned_figures',
+           'command_replay', 'command_demo', 'parser', 'main']
 
 # %% ../../nbs/79_cli.ipynb #fb2b30bc
 import argparse
@@ -350,6 +350,14 @@ SWITCH_S = (
 
 def command_stream(settings: Settings, arguments: argparse.Namespace) -> int:
     """Work until Ctrl-C, or until nothing has come for a while."""
+    if settings.kafka and settings.redis and settings.postgres:
+        return decide(settings, arguments)  # the home is not touched
+    with servers.at_work(settings.home, "stream"):
+        return decide(settings, arguments)
+
+
+def decide(settings: Settings, arguments: argparse.Namespace) -> int:
+    """A worker's life."""
     log = log_to(logging.StreamHandler(sys.stderr))
     fixed = model_in(arguments.model) if arguments.model else None
     found = addresses_of(settings, say)
@@ -357,12 +365,12 @@ def command_stream(settings: Settings, arguments: argparse.Namespace) -> int:
     model = champion.current(None, time.monotonic()) if champion else fixed
     if model is None:
         refused = champion is not None and champion.refused is not None
-        why = "the champion is refused, as said above" if refused else "the ledger has no champion"
+        why = "no promotion can be served, as said above" if refused else "the ledger has no champion"
         say(f"fraud: {why} (run: fraud retrain --promote), or name a file: --model FILE")
         return 1
     worker, intake = open_worker(settings, found, model), open_intake(found)
     if arguments.metrics_port:
-        serve_metrics(WorkerCollector(worker, intake), arguments.metrics_port, settings.metrics_host)
+        serve_metrics(WorkerCollector(worker, intake, champion), arguments.metrics_port, settings.metrics_host)
     reporter = Reporter(worker.counts, log, Hourglass(arguments.status_every, time.monotonic()))
     life = Life(worker, intake, champion, reporter, time.monotonic)
     ended = threading.Event()

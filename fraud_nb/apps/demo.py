@@ -26,7 +26,7 @@ from ..adapters.kafka_bus import PREDICTIONS, TRANSACTIONS, create_topics, read_
 from ..adapters.ledger import LedgerReader
 from ..adapters.postgres import Logged, LogOverview, LogReader, migrate
 from ..adapters.redis_store import RedisStateStore
-from ..adapters.servers import Addresses, addresses_of, down, is_free
+from ..adapters.servers import Addresses, addresses_of, at_work, down, is_free
 from .parts import open_bus
 from ..domain.config import Settings
 from ..pipeline.champion import Shelf
@@ -365,10 +365,8 @@ def stream(plan: Demo, found: Addresses, seen: Seen) -> Mapping[str, Any] | None
         close_house(house)
 
 # %% ../../nbs/78_demo.ipynb #9da6e2ea
-def demo(
-    plan: Demo,
-) -> str | None:  # the last line, JSON; None when it was interrupted
-    """Everything, in order; raises DemoFailed and what the servers raise."""
+def _everything(plan: Demo) -> str | None:
+    """From the servers' start to their end."""
     plan.say("[1/6] servers: Kafka, Valkey, PostgreSQL")
     found = addresses_of(plan.settings, plan.say)
     try:
@@ -397,3 +395,14 @@ def demo(
         return json.dumps(result(found, records_before, stopped, len(verdict.differences), seen))
     finally:
         down(plan.settings.home, plan.say)
+
+# %% ../../nbs/78_demo.ipynb #2ee25e33
+def demo(
+    plan: Demo,
+) -> str | None:  # the last line, JSON; None when it was interrupted
+    """Everything, in order; raises DemoFailed and what the servers raise."""
+    home = plan.settings.home
+    with at_work(home, "demo", is_alone=True):
+        with at_work(home, "stream", is_alone=True):
+            pass  # nobody else's; ours begins below
+        return _everything(plan)

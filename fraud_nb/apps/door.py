@@ -168,7 +168,7 @@ _SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0
 class Books:
     """What was asked and answered."""
 
-    def __init__(self, model_version: Callable[[], int]) -> None:
+    def __init__(self, model_version: Callable[[], int], refused: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._requests = Counter("fraud_http_requests", "Requests", ["route", "status"], registry=self.registry)
@@ -180,6 +180,8 @@ class Books:
         )
         model = Gauge("fraud_model_version", "The ledger's number", registry=self.registry)
         model.set_function(model_version)
+        promotion = Gauge("fraud_promotion_refused", "Newest one, not served here; 0: none", registry=self.registry)
+        promotion.set_function(refused)
 
     def answered(self, answer: Answer) -> None:
         """One more decision."""

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ..pipeline.champion import Champion
 from ..pipeline.intake import Intake
 from ..pipeline.stream import BINS, FASTEST_MS, GROWTH, Counts, Latencies, Worker
 
@@ -46,8 +47,8 @@ def _labelled(name: str, text: str, label: str, values: Mapping[str, float]) -> 
 class WorkerCollector(Collector):
     """A worker's books as Prometheus reads them, at the moment it reads."""
 
-    def __init__(self, worker: Worker, intake: Intake | None) -> None:
-        self._worker, self._intake = worker, intake
+    def __init__(self, worker: Worker, intake: Intake | None, champion: Champion | None = None) -> None:
+        self._worker, self._intake, self._champion = worker, intake, champion
 
     def collect(self) -> Iterator[Metric]:
         """One family for each row of the table above."""
@@ -71,6 +72,8 @@ class WorkerCollector(Collector):
         held_back = self._worker.breaker.held_back
         yield GaugeMetricFamily("fraud_declines_held_back", "Reviews for declines, of two minutes", value=held_back)
         yield GaugeMetricFamily("fraud_model_version", "The ledger's number", value=self._worker.model.version)
+        refused = (self._champion.refused if self._champion else None) or 0
+        yield GaugeMetricFamily("fraud_promotion_refused", "Newest one, not served here; 0: none", value=refused)
         if counts.newest_record_ms:
             age_s = time.time() - counts.newest_record_ms / 1e3
             yield GaugeMetricFamily("fraud_behind_seconds", "Age of the newest decided record", value=age_s)

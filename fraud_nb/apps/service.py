@@ -173,7 +173,7 @@ class Running:
         self._champion: Champion | None = None
         self._ended = threading.Event()
         self.teller = ThreadTeller(predictor, now_ms, log)
-        books = Books(lambda: predictor.model.version)
+        books = Books(lambda: predictor.model.version, self._refused)
         doorman = Doorman(settings.api_key, frozenset(settings.allowed_hosts.lower().split(",")))
         self.door = Door(doorman, Handlers(self.teller, books, settings.default_currency, now_ms), log)
         self._asides = (
@@ -201,6 +201,9 @@ class Running:
             self.teller.exchange(newest)
             self._log.info("model", extra={"fields": {"model_version": newest.version}})
 
+    def _refused(self) -> int:
+        return 0 if self._champion is None else self._champion.refused or 0
+
     def _sweep(self) -> None:
         self._predictor.sweep(now_ms())
         self._ended.wait(SWEEP_S)
@@ -222,14 +225,15 @@ def bundled_model() -> Model | None:
 
 
 def first_model(open_champion: Callable[[], Champion]) -> Model:
-    """The champion, or the model in the bento; raises NoSuchModel, BundleError or SchemaMismatch."""
+    """The champion, the last good one, or the model in the bento; raises NoSuchModel, BundleError or SchemaMismatch."""
     try:
         champion = open_champion().current(None, time.monotonic())
     except Unavailable:
         champion = None
     model = champion or bundled_model()
     if model is None:
-        raise NoSuchModel("no model: the ledger is away or has no champion, and none is bundled (run: fraud bento)")
+        why = "the ledger is away, or has no champion that can be served"
+        raise NoSuchModel(f"no model: {why}, and none is bundled (run: fraud bento)")
     return model
 
 # %% ../../nbs/75_service.ipynb #5a317144

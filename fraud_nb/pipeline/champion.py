@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..adapters.ledger import LedgerReader, NoSuchModel
+from ..adapters.ledger import CHAMPION, LedgerReader, NoSuchModel, Promotion, standing
 from ..adapters.ports import Unavailable
 from ..decision.bundle import BundleError, unpack
 from ..decision.judge import Model, model_of
@@ -45,27 +45,46 @@ class Champion:
     shelf: Shelf
     report: Callable[[str], None]  # one line for the log
     asked_s: float = -math.inf  # when the ledger was last asked
-    refused: int | None = None  # a promotion that cannot be served here, told once
+    refused: int | None = None  # the newest promotion, where it cannot be served here; told once
 
     def current(
         self,
-        working: Model | None,  # the model that judges now
+        working: Model | None,  # the model that judges now; None: this process begins
         now_s: float,  # a clock that never goes back
     ) -> Model | None:
-        """The champion; the working model while the ledger is away or names what cannot be served."""
+        """The champion; where the ledger is away or names what cannot be served, the working model or the last good."""
         if now_s - self.asked_s < EVERY_S:
             return working
         self.asked_s = now_s
         try:
             promotion = self.shelf.ledger.champion()
-            if promotion is None or (working is not None and promotion.model_version == working.version):
+            if promotion is None or (working is not None and promotion.promotion == self.refused):
                 return working
-            if promotion.promotion == self.refused:
+            if working is not None and promotion.model_version == working.version:
+                self.refused = None
                 return working
-            return self.shelf.model(promotion.model_version)
+            newest = self._opened(promotion)
+            self.refused = promotion.promotion if newest is None else None
+            if newest is None and working is None:
+                return self._last_good(promotion)
+            return working if newest is None else newest
         except Unavailable:
             return working
+
+    def _opened(self, promotion: Promotion) -> Model | None:
+        """Its model; None, and a line, where it cannot be served here."""
+        try:
+            return self.shelf.model(promotion.model_version)
         except (BundleError, InvalidPolicy, NoSuchModel) as error:
-            self.refused = promotion.promotion if promotion is not None else None
-            self.report(f"promotion {self.refused} refused: {error}")
-            return working
+            self.report(f"promotion {promotion.promotion} refused: {error}")
+            return None
+
+    def _last_good(self, refused: Promotion) -> Model | None:
+        """The model of the newest promotion before it that stands and can be served; None: there is none."""
+        tried = {refused.model_version}
+        for before in reversed(standing([each for each in self.shelf.ledger.promotions() if each.role == CHAMPION])):
+            if before.model_version not in tried and (model := self._opened(before)) is not None:
+                self.report(f"promotion {before.promotion}, model {model.version}, is the last good one and judges")
+                return model
+            tried.add(before.model_version)
+        return None

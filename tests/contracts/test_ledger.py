@@ -4,6 +4,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -25,6 +26,7 @@ from fraud_nb.adapters.ledger import (
 )
 from fraud_nb.adapters.postgres import migrate
 from fraud_nb.decision.bundle import BundleError, _unzip, _zip, sha256_of
+from fraud_nb.pipeline.champion import Champion, Shelf
 from tests.conftest import own_database
 from tests.e2e.stream_kit import small_model
 
@@ -56,6 +58,18 @@ def opened(servers: Any) -> Iterator[Open]:
 def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any bytes are a bundle, where something else is tested."""
     monkeypatch.setattr(module, "validate_bundle", lambda content, sha256: None)
+
+
+PROMOTED = (
+    "INSERT INTO promotions (role, model_version, who, why, evidence) VALUES ('champion', {}, 'eve', 'x', '{{}}')"
+)
+
+
+def inserted(dsn: str, statement: str) -> int:
+    """The number of the new row, which the database's owner writes past all checks."""
+    with psycopg2.connect(dsn) as connection, connection.cursor() as cursor:
+        cursor.execute(f"{statement} RETURNING *")
+        return int(cursor.fetchone()[0])
 
 
 def forged(
@@ -209,6 +223,44 @@ def test_nobody_changes_what_is_written(opened: Open, role: str) -> None:
         with pytest.raises(psycopg2.errors.InsufficientPrivilege):
             connection.cursor().execute(statement)
     connection.close()
+
+
+def test_who_starts_under_a_broken_promotion_takes_the_last_good_one(opened: Open, tmp_path: Path) -> None:
+    dsn, ledger, reader = opened
+    first, second, third = (
+        ledger.add(small_model(tmp_path / f"{rounds}.bundle", rounds).read_bytes(), {}) for rounds in (2, 3, 4)
+    )
+    broken = inserted(dsn, "INSERT INTO models (sha256, bundle, metrics) VALUES ('x', 'rubbish', '{}')")
+    ledger.promote(first, "ada", "good", {})
+    ledger.promote(second, "ada", "good, and taken back", {})
+    ledger.rollback("ada", "too many declines")
+    for _ in range(2):  # nobody but us could: `promote` knows only what was let in
+        refused = inserted(dsn, PROMOTED.format(broken))
+    said: list[str] = []
+    champion = Champion(Shelf(reader), said.append)
+    working = champion.current(None, 0)
+    assert working is not None and working.version == first, "what was rolled back does not come back"
+    assert champion.refused == refused and f"promotion {refused} refused" in said[0]
+    assert said[1:] == [f"promotion 1, model {first}, is the last good one and judges"]
+    assert champion.current(working, 2) is working and len(said) == 2, "told once"
+    ledger.promote(third, "ada", "good", {})
+    newest = champion.current(working, 4)
+    assert newest is not None and (newest.version, champion.refused) == (third, None)
+    refused = inserted(dsn, PROMOTED.format(broken))
+    assert champion.current(newest, 6) is newest and champion.refused == refused
+    ledger.rollback("ada", "broken")
+    assert champion.current(newest, 8) is newest and champion.refused is None, "it is the champion again"
+
+
+def test_where_no_promotion_can_be_served_there_is_no_model(opened: Open) -> None:
+    for content in ("rubbish", "more rubbish"):
+        model = inserted(
+            opened.dsn, f"INSERT INTO models (sha256, bundle, metrics) VALUES ('{content}', '{content}', '{{}}')"
+        )
+        inserted(opened.dsn, PROMOTED.format(model))
+    said: list[str] = []
+    assert Champion(Shelf(opened.reader), said.append).current(None, 0) is None
+    assert [line.partition(":")[0] for line in said] == ["promotion 2 refused", "promotion 1 refused"]
 
 
 def test_standing_is_a_stack() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.stream_kit import MAIN
+from tests.e2e.stream_kit import MAIN, fraud, small_model
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +24,16 @@ def home() -> Iterator[Path]:
         yield Path(folder) / "home"
 
 
-def demo(home: Path, *words: str) -> subprocess.Popen[str]:
+def started(home: Path, *words: str) -> subprocess.Popen[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FRAUD_")}
-    command = [sys.executable, "-c", MAIN, "demo", *words]
+    command = [sys.executable, "-c", MAIN, *words]
     return subprocess.Popen(
         command, env={**kept, "FRAUD_HOME": str(home)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )  # fmt: skip
+
+
+def demo(home: Path, *words: str) -> subprocess.Popen[str]:
+    return started(home, "demo", *words)
 
 
 def left_behind(home: Path) -> list[str]:
@@ -70,3 +74,45 @@ def test_warm_to_ctrl_c(home: Path) -> None:
     assert running.returncode == 0
     assert left_behind(home) == []
     assert warm_s < 60, "history and model were there"  # its goal is 20 s on a quiet machine
+
+
+def wait_for_line(running: subprocess.Popen[str], words: str) -> None:
+    assert any(words in line for line in running.stderr or ()), f"it ended without: {words}"
+
+
+def refusal(home: Path, name: str, holder: subprocess.Popen[str]) -> str:
+    return (
+        f"fraud: {name}: one is at work in {home}, process {holder.pid}; stop it, or set FRAUD_HOME to another folder\n"
+    )
+
+
+def test_a_second_demo_is_refused_and_a_killed_one_blocks_nobody(home: Path) -> None:
+    first = demo(home)
+    wait_for_line(first, "[1/6]")
+    second = demo(home)
+    _, said = second.communicate(timeout=60)
+    assert (second.returncode, said) == (1, refusal(home, "demo", first))
+    first.kill()
+    first.wait(10)
+    third = demo(home)
+    wait_for_line(third, "[1/6]")
+    third.send_signal(signal.SIGINT)
+    third.communicate(timeout=120)
+    assert third.returncode == 0 and left_behind(home) == []
+
+
+def test_no_demo_beside_a_stream(home: Path, tmp_path: Path) -> None:
+    model = small_model(tmp_path / "model.bundle")
+    assert fraud({"FRAUD_HOME": str(home)}, "up").returncode == 0
+    stream = started(home, "stream", "--model", str(model))
+    try:
+        wait_for_line(stream, '"ready"')
+        refused = demo(home)
+        _, said = refused.communicate(timeout=60)
+        assert (refused.returncode, said) == (1, refusal(home, "stream", stream))
+        assert stream.poll() is None, "it goes on"
+    finally:
+        stream.terminate()
+        stream.communicate(timeout=60)
+        assert fraud({"FRAUD_HOME": str(home)}, "down").returncode == 0
+    assert left_behind(home) == []

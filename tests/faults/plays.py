@@ -422,7 +422,7 @@ def wrong_clocks(stage: Stage) -> None:
     stage.settle()
 
 
-@fault(23, "models: corrupt, not there, exchanged under load")
+@fault(23, "models: corrupt, not there, exchanged under load; a worker starts under a broken one")
 def models(stage: Stage) -> None:
     ledger, stage.follows_ledger = Ledger(stage.direct.postgres), True
     first = ledger.add(stage.model.read_bytes(), {})
@@ -443,6 +443,10 @@ def models(stage: Stage) -> None:
             (broken,),
         )
         until(lambda: worker.said("refused"), "the broken model is refused")
+        some_way(stage)
+        worker.send(signal.SIGKILL)
+        worker = stage.ready()  # who starts now has no model of its own
+        assert worker.said(f"model {first}, is the last good one and judges"), worker.last_words()
         some_way(stage)
         ledger.promote(second, "test", "second", {})
         until(lambda: worker.said(f'"model_version": {second}'), "the second model is at work")

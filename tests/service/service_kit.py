@@ -186,7 +186,7 @@ class Followed(Champion):
     """A champion that a test names."""
 
     def __init__(self, named: list[Any]) -> None:
-        self.named = named
+        self.named, self.refused = named, None
 
     def current(self, working: Any, now_s: float) -> Any:
         return self.named[-1] if self.named else working

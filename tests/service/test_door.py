@@ -310,7 +310,8 @@ def test_a_new_champion_between_two_groups(at_home: House) -> None:
     at_home.champion.append(SimpleNamespace(version=2))
     wait_until(lambda: at_home.ask("GET", "/health").json["model_version"] == 2, "the new model is there")
     assert at_home.predict(full(2)).json["model_version"] == 2
-    assert "fraud_model_version 2.0" in at_home.ask("GET", "/metrics").body.decode()
+    metrics = at_home.ask("GET", "/metrics").body.decode()
+    assert "fraud_model_version 2.0" in metrics and "fraud_promotion_refused 0.0" in metrics
     assert [json.loads(line)["model_version"] for line in at_home.lines if '"model"' in line] == [2]
     wait_until(lambda: at_home.double.swept, "the sweep has its turn")
 

@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['TRANSACTIONS', 'LABELS', 'PREDICTIONS', 'DEAD_LETTERS', 'DEADLINE_S', 'LARGEST_RECORD', 'PRUNING_DAYS', 'FOR_EVER',
-           'Partitions', 'SESSION_MS', 'LONGER_SESSION_MS', 'STALL_S', 'LARGEST_BATCH', 'Isolation', 'Answer', 'OPEN_S',
-           'WrongPartitionCount', 'check_partitions', 'create_topics', 'topic_id', 'murmur2_partitions',
-           'crc32_partitions', 'record_of', 'Standing', 'KafkaSource', 'RecordTooLarge', 'within_deadline',
-           'batches_of', 'hand_over', 'KafkaSink', 'patiently', 'TopicEnds', 'topic_ends', 'read_topic',
-           'read_partition', 'committed_offsets', 'await_settled']
+           'Partitions', 'SESSION_MS', 'LONGER_SESSION_MS', 'LONG_OPEN_MS', 'STALL_S', 'LARGEST_BATCH', 'Isolation',
+           'Answer', 'OPEN_S', 'WrongPartitionCount', 'check_partitions', 'create_topics', 'topic_id',
+           'murmur2_partitions', 'crc32_partitions', 'record_of', 'Standing', 'member_settings', 'end_long_open',
+           'KafkaSource', 'RecordTooLarge', 'within_deadline', 'batches_of', 'hand_over', 'KafkaSink', 'patiently',
+           'TopicEnds', 'topic_ends', 'read_topic', 'read_partition', 'committed_offsets', 'await_settled']
 
 # %% ../../nbs/44_kafka_bus.ipynb #0bfd57aa
 import threading
 import time
+import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -285,6 +287,23 @@ class _Membership(ConsumerRebalanceListener):  # type: ignore[misc]
 SESSION_MS = 3_000  # a dead worker's partitions move after this, where the broker allows it
 LONGER_SESSION_MS = 6_000  # and after this elsewhere: Kafka's default of group.min.session.timeout.ms
 
+
+def member_settings(
+    servers: Sequence[str],  # host:port of each
+    group: str,
+    session_timeout_ms: int,
+    max_poll_interval_ms: int,
+) -> dict[str, Any]:
+    """What a member's KafkaConsumer is told."""
+    limit_ms = int(DEADLINE_S * 1e3)
+    return {
+        "bootstrap_servers": servers, "group_id": group, "enable_auto_commit": False, "auto_offset_reset": "none",
+        "isolation_level": "read_committed", "session_timeout_ms": session_timeout_ms, "heartbeat_interval_ms": 500,
+        "max_poll_interval_ms": max_poll_interval_ms, "retry_backoff_ms": 20, "bootstrap_timeout_ms": limit_ms,
+        "request_timeout_ms": limit_ms,  # a connection that is silent for so long is closed
+        "metadata_max_age_ms": 5_000,  # a topic made a moment ago may be unknown; the default asks in 5 min
+    }  # fmt: skip
+
 # %% ../../nbs/44_kafka_bus.ipynb #3a8b9e55
 class _Member:
     """A place in the consumer group."""
@@ -297,15 +316,8 @@ class _Member:
         session_timeout_ms: int = SESSION_MS,
         max_poll_interval_ms: int = 300_000,  # a worker that does not poll for this long leaves the group
     ) -> None:
-        self.topic = topic
-        servers, limit_ms = bootstrap.split(","), int(DEADLINE_S * 1e3)
-        self._settings: dict[str, Any] = {
-            "bootstrap_servers": servers, "group_id": group, "enable_auto_commit": False, "auto_offset_reset": "none",
-            "isolation_level": "read_committed", "session_timeout_ms": session_timeout_ms, "heartbeat_interval_ms": 500,
-            "max_poll_interval_ms": max_poll_interval_ms, "retry_backoff_ms": 20, "bootstrap_timeout_ms": limit_ms,
-            "request_timeout_ms": limit_ms,  # a connection that is silent for so long is closed
-            "metadata_max_age_ms": 5_000,  # a topic made a moment ago may be unknown; the default asks in 5 min
-        }  # fmt: skip
+        self.topic, self.group = topic, group
+        self._settings = member_settings(bootstrap.split(","), group, session_timeout_ms, max_poll_interval_ms)
         self._join(generation=0)
 
     def _join(self, generation: int) -> None:
@@ -329,8 +341,12 @@ class _Member:
 
     def committed(self, partition: int) -> int:
         """The group's committed offset, asked of the broker; 0 if there is none."""
+        place = TopicPartition(self.topic, partition)
         with _unavailable("committed offset"):
-            place = TopicPartition(self.topic, partition)
+            try:
+                return self._consumer.committed(place, timeout_ms=LONG_OPEN_MS) or 0
+            except kafka_errors.KafkaTimeoutError:  # no broker, or a transaction that hides the answer
+                end_long_open(self._settings["bootstrap_servers"], self.group)
             return self._consumer.committed(place, timeout_ms=int(DEADLINE_S * 1e3)) or 0
 
     def close(self) -> None:
@@ -344,6 +360,29 @@ class _Member:
             target=self._consumer.close, kwargs={"autocommit": False, "timeout_ms": 1_000}, daemon=True
         ).start()
         self._join(self.generation() + 1)
+
+# %% ../../nbs/44_kafka_bus.ipynb #b58559f6
+LONG_OPEN_MS = 1_000
+
+
+def end_long_open(
+    servers: Sequence[str],  # host:port of each
+    group: str,  # whose producers' transactions are ended
+) -> None:
+    """Abort transactions that take too long; brokers from before 3.8 cannot be asked, and let their time pass."""
+    limit_ms = int(DEADLINE_S * 1e3)
+    admin = KafkaAdminClient(bootstrap_servers=servers, request_timeout_ms=limit_ms, bootstrap_timeout_ms=limit_ms)
+    try:
+        listed = admin.list_transactions(state_filters=["Ongoing"], duration_filter_ms=LONG_OPEN_MS)
+    except kafka_errors.IncompatibleBrokerVersion:
+        return
+    finally:
+        admin.close()
+    for each in chain.from_iterable(listed.values()):
+        if each.transactional_id.startswith(f"{group}:"):
+            successor = _Producer(servers, each.transactional_id, DEADLINE_S)
+            successor.start()  # whoever has the name is fenced now
+            successor.throw_away()
 
 # %% ../../nbs/44_kafka_bus.ipynb #7fba3829
 STALL_S = 20.0  # so long nothing may come before the broker is asked
@@ -483,29 +522,28 @@ def hand_over(
                 queue._incomplete.add(batch)
     producer._sender.wakeup()
 
-# %% ../../nbs/44_kafka_bus.ipynb #91f69705
+
 def _close(producer: Any) -> None:
     with suppress(kafka_errors.KafkaError):  # it had met trouble already
         producer.close(timeout=0)
 
-
+# %% ../../nbs/44_kafka_bus.ipynb #91f69705
 class _Producer:
     """A transactional producer that can be thrown away and started anew."""
 
     def __init__(
         self,
-        bootstrap: str,  # host:port, several separated by commas
+        servers: Sequence[str],  # host:port of each
         transactional_id: str,
         deadline_s: float,
     ) -> None:
-        self._bootstrap = bootstrap.split(",")
-        self._transactional_id, self._deadline_s = transactional_id, deadline_s
+        self._servers, self._transactional_id, self._deadline_s = servers, transactional_id, deadline_s
         self._producer: Any = None
 
     def start(self) -> None:
         """A new producer; the broker ends whatever its predecessor left open."""
         producer = KafkaProducer(
-            bootstrap_servers=self._bootstrap,
+            bootstrap_servers=self._servers,
             transactional_id=self._transactional_id,
             acks="all",
             linger_ms=0,
@@ -517,6 +555,10 @@ class _Producer:
         )
         producer.init_transactions()
         self._producer = producer
+
+    def trouble(self) -> BaseException | None:
+        """What the client met first; it may raise something else afterwards, in which this is a part of a sentence."""
+        return None if self._producer is None else self._producer._transaction_manager.last_error
 
     def throw_away(self) -> None:
         """Close it without waiting."""
@@ -552,20 +594,19 @@ class KafkaSink(_Producer):
         self,
         bootstrap: str,  # host:port, several separated by commas
         source: KafkaSource,  # the member whose generation fences us
-        transactional_id: str,  # one per worker process; a second sink with the same id fences the first
         deadline_s: float = DEADLINE_S,  # of one publish
+        draw: Callable[[], str] = lambda: uuid.uuid4().hex,  # a name that nobody else has
     ) -> None:
-        super().__init__(bootstrap, transactional_id, deadline_s)
-        self._source = source
-        self._taken_over = self._unsettled = False
+        super().__init__(bootstrap.split(","), f"{source.group}:{draw()}", deadline_s)
+        self._source, self._draw, self._unsettled = source, draw, False
         with _unavailable("start of the producer"):
             within_deadline(self.start, 2 * deadline_s)
 
     def publish(self, records: Sequence[Outgoing], next_offsets: Mapping[int, int], generation: int) -> None:
         """All or nothing, from any thread; raises Fenced, BusUnavailable (outcome unknown) and RecordTooLarge."""
         now, identity, partitions = self._source.standing()
-        if self._taken_over or identity is None or now != generation or not partitions >= set(next_offsets):
-            raise Fenced("this worker's partitions or its transactional id belong to someone else now")
+        if identity is None or now != generation or not partitions >= set(next_offsets):
+            raise Fenced("this worker's partitions belong to someone else now")
         if self._unsettled:
             self._settle()
             raise Fenced("an earlier publish had no answer; it is settled now: read the committed offsets")
@@ -575,19 +616,24 @@ class KafkaSink(_Producer):
         }
         try:
             within_deadline(lambda: self.transaction(records, offsets, identity), self._deadline_s)
-        except kafka_errors.MessageSizeTooLargeError:
-            self.throw_away()
-            raise RecordTooLarge("a record exceeds what its topic accepts; nothing was published") from None
         except kafka_errors.KafkaError as error:
+            causes = (error, error.__cause__, *error.args, self.trouble())
             self.throw_away()
-            causes = (error, error.__cause__, *error.args)
-            self._taken_over = any(isinstance(cause, _TAKEN_OVER) for cause in causes)
-            self._unsettled = not self._taken_over
-            with suppress(BusUnavailable):
-                self._settle()
-            if self._taken_over or any(isinstance(cause, _GENERATION_GONE) for cause in causes):
-                raise Fenced(f"Kafka refused the transaction: {type(error).__name__}") from None
-            raise BusUnavailable(f"Kafka: publish: {type(error).__name__}; read the committed offsets") from None
+            self._give_up(tuple(type(cause) for cause in causes), type(error).__name__)
+
+    def _give_up(self, causes: Sequence[type], name: str) -> None:
+        """Make the next publish possible, and raise what this one's failure means."""
+        if kafka_errors.MessageSizeTooLargeError in causes:
+            raise RecordTooLarge("a record exceeds what its topic accepts; nothing was published") from None
+        is_fenced = any(issubclass(cause, _TAKEN_OVER) for cause in causes)
+        if is_fenced:
+            self._transactional_id = f"{self._source.group}:{self._draw()}"
+        self._unsettled = not is_fenced
+        with suppress(BusUnavailable):
+            self._settle()
+        if is_fenced or any(issubclass(cause, _GENERATION_GONE) for cause in causes):
+            raise Fenced(f"Kafka refused the transaction: {name}") from None
+        raise BusUnavailable(f"Kafka: publish: {name}; read the committed offsets") from None
 
     def _settle(self) -> None:
         """Let the broker end what an earlier publish left open: until then readers see nothing that came after it."""

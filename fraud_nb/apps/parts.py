@@ -9,7 +9,6 @@ __all__ = ['WORKER_PATIENCE_S', 'PATIENCE_S', 'say', 'say_over', 'partitioner_of
 # %% ../../nbs/70_parts.ipynb #87cc9c38
 import sys
 import time
-import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -100,7 +99,7 @@ def open_worker(
     source, store = KafkaSource(found.kafka), RedisStateStore(found.redis)
     return Worker(
         source,
-        KafkaSink(found.kafka, source, f"fraud-{uuid.uuid4().hex}"),
+        KafkaSink(found.kafka, source),
         store,
         log,
         model,
@@ -166,7 +165,7 @@ def open_bus(
 def open_intake(found: Addresses) -> Intake:
     """A member of the group that takes labels in."""
     source = KafkaSource(found.kafka, group="fraud-labels", topic=LABELS)
-    return Intake(source, KafkaSink(found.kafka, source, f"fraud-labels-{uuid.uuid4().hex}"), LabelLog(found.postgres))
+    return Intake(source, KafkaSink(found.kafka, source), LabelLog(found.postgres))
 
 
 def open_feed(settings: Settings, found: Addresses) -> KafkaFeed:

@@ -4,6 +4,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any, Protocol
 
 import numpy as np
@@ -72,13 +73,16 @@ class KafkaBus:
     def __init__(self, bootstrap: str) -> None:
         suffix = uuid.uuid4().hex[:8]
         self.bootstrap, self.group, self.worker = bootstrap, f"group-{suffix}", f"worker-{suffix}"
-        self.topic, self.output = f"in-{suffix}", f"predictions-{suffix}"
+        self.topic, self.output, self.names = f"in-{suffix}", f"predictions-{suffix}", count()
         self.admin = KafkaAdminClient(bootstrap_servers=bootstrap)
         counts = {self.topic: {"num_partitions": PARTITIONS}, self.output: {"num_partitions": 1}}
         self.admin.create_topics(counts, wait_for_metadata=True)
         self.producer = KafkaProducer(bootstrap_servers=bootstrap)
         self.source = self.member = KafkaSource(bootstrap, self.group, self.topic)
-        self.sink = KafkaSink(bootstrap, self.member, self.worker)
+        self.sink = KafkaSink(bootstrap, self.member, draw=self.name)
+
+    def name(self) -> str:
+        return f"{self.worker}-{next(self.names)}"
 
     def append(self, partition: int, values: Sequence[bytes]) -> None:
         for value in values:
@@ -274,7 +278,7 @@ def test_an_interrupted_publish_hides_nothing(servers: Any, monkeypatch: pytest.
     bus = KafkaBus(servers.kafka)
     join(bus)
     bus.sink.publish([], {0: 0}, bus.source.generation())
-    asleep = KafkaSink(servers.kafka, bus.member, "asleep", deadline_s=1.0)
+    asleep = KafkaSink(servers.kafka, bus.member, deadline_s=1.0)
     woken = threading.Event()
     monkeypatch.setattr(kafka_bus, "failpoint", lambda name: woken.wait(10))
     with pytest.raises(BusUnavailable):
@@ -289,17 +293,54 @@ def test_an_interrupted_publish_hides_nothing(servers: Any, monkeypatch: pytest.
     bus.close()
 
 
-def test_second_sink_fences_the_first(servers: Any) -> None:
+def test_who_is_fenced_begins_again_under_another_name(servers: Any) -> None:
     bus = KafkaBus(servers.kafka)
     join(bus)
     bus.sink.publish(outgoing(bus, b"first"), {0: 0}, bus.source.generation())
-    second = KafkaSink(servers.kafka, bus.member, bus.worker)
-    for _ in range(2):  # for good: it must not fence the second in turn
-        with pytest.raises(Fenced):
-            bus.sink.publish(outgoing(bus, b"zombie"), {0: 0}, bus.source.generation())
-    second.publish(outgoing(bus, b"second"), {0: 0}, bus.source.generation())
-    assert bus.published() == [b"first", b"second"]
+    second = KafkaSink(servers.kafka, bus.member, draw=lambda: f"{bus.worker}-0")
+    with pytest.raises(Fenced):
+        bus.sink.publish(outgoing(bus, b"zombie"), {0: 0}, bus.source.generation())
+    for sink, value in ((second, b"second"), (bus.sink, b"awake"), (second, b"third")):
+        sink.publish(outgoing(bus, value), {0: 0}, bus.source.generation())
+    assert bus.published() == [b"first", b"second", b"awake", b"third"]
     second.close()
+    bus.close()
+
+
+def test_what_a_dead_member_left_open_is_ended_by_its_successor(servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else nobody is told the group's offsets until its time is up."""
+    bus = KafkaBus(servers.kafka)
+    join(bus)
+    bus.sink.publish([], {0: 1}, bus.source.generation())
+    sleeper = KafkaSink(servers.kafka, bus.member, deadline_s=60)
+    is_open, woken = threading.Event(), threading.Event()
+
+    def sleep(name: str) -> None:
+        is_open.set()
+        woken.wait(60)
+
+    monkeypatch.setattr(kafka_bus, "failpoint", sleep)
+    words = outgoing(bus, b"half"), {0: 2}, bus.source.generation()
+    refused = list[Fenced]()
+
+    def publish() -> None:
+        try:
+            sleeper.publish(*words)
+        except Fenced as error:
+            refused.append(error)
+
+    thread = threading.Thread(target=publish)
+    thread.start()
+    assert is_open.wait(10)
+    monkeypatch.undo()
+    assert bus.source.committed(0) == 1
+    bus.sink.publish(outgoing(bus, b"whole"), {0: 2}, bus.source.generation())
+    woken.set()
+    thread.join(30)
+    assert refused and bus.published() == [b"whole"]
+    sleeper.publish(outgoing(bus, b"awake"), {0: 3}, bus.source.generation())
+    assert bus.published() == [b"whole", b"awake"] and bus.source.committed(0) == 3
+    sleeper.close()
     bus.close()
 
 

@@ -146,11 +146,13 @@ def zombie(stage: Stage) -> None:
     with stage.flow():
         asleep = stage.start(f"{step}:{stage.rng.randint(1, 4)}:stop")
         until(lambda: is_asleep(asleep.process.pid), "the worker is asleep")
-        stage.ready()
+        other = stage.ready()
     until(stage.is_settled, "the other one took over")
     asleep.send(signal.SIGCONT)
     until(lambda: asleep.restarts() > 0, "the one that slept finds out")
-    with stage.flow():
+    other.send(signal.SIGTERM)
+    assert other.wait_for_end() == 0, other.last_words()
+    with stage.flow():  # for the one that slept
         pass
     stage.settle()
 

@@ -98,25 +98,32 @@ def playing(
 def faults(wanted: Mapping[int, Sequence[int]], is_again: bool, size: int, jobs: int) -> int:
     """Play, note and tell; 0 if all was survived."""
     mine = code()
+
+    def note(done: Future[dict[str, Any]]) -> None:
+        if not done.cancelled():
+            NOTES.add(done.result() | {"code": mine})
+
     known = {
         (each["fault"], each["seed"]): each
         for each in NOTES
         if each["code"] == mine and each["outcome"] != "failed" and not is_again
     }
     missing = [(number, seed) for number, seeds in wanted.items() for seed in seeds if (number, seed) not in known]
-    survived, records = 0, 0
+    survived, records, seconds = 0, 0, 0.0
     with tempfile.TemporaryDirectory(prefix="fraud-") as folder:
         model = small_model(Path(folder) / "model.bundle")
         with playing(missing, model, size, jobs) as plays:
             for future in plays.values():
-                future.add_done_callback(lambda done: NOTES.add(done.result() | {"code": mine}))
+                future.add_done_callback(note)
             for number, seeds in wanted.items():
                 results = [known.get((number, seed)) or plays[number, seed].result() for seed in seeds]
                 survived += all(result["outcome"] == "survived" for result in results)
                 records += sum(result.get("records", 0) for result in results)
+                seconds += sum(result.get("seconds", 0.0) for result in results)
                 sys.stdout.write(row(PLAYS[number], results, len(seeds)) + "\n")
                 sys.stdout.flush()
-    sys.stdout.write(f"survived {survived}/{len(wanted)}, {records:,} records, code {mine}\n")
+    played = f"{records:,} records in {seconds / 60:,.0f} minutes of play, {jobs} at a time"
+    sys.stdout.write(f"survived {survived}/{len(wanted)}, {played}, code {mine}\n")
     return 0 if survived == len(wanted) else 1
 
 
@@ -127,7 +134,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="numbers of faults, with commas")
     parser.add_argument("--seed", type=int, help="play this one seed again, whatever is noted")
     parser.add_argument("--purchases", type=int, default=PURCHASES, help="in one flow; some faults have several")
-    parser.add_argument("--jobs", type=int, default=1, help="plays at the same time; one core can do two")
+    parser.add_argument("--jobs", type=int, default=1, help="plays at the same time; two or three on two cores")
     arguments = parser.parse_args()
     only = sorted(int(number) for number in arguments.only.split(",") if number) or sorted(PLAYS)
     fewer = min(arguments.seeds, OTHERWISE_SEEDS)

@@ -10,8 +10,8 @@ __all__ = ['Report', 'MARKER', 'PORT_NAMES', 'FIRST_PORT', 'PORT_COUNT', 'ENVIRO
            'kept_password', 'holders', 'at_work', 'is_free', 'kept_ports', 'exchange', 'valkey_answers',
            'postgres_answers', 'kafka_answers', 'Account', 'unprivileged', 'require_passage', 'launch', 'run_tool',
            'last_line', 'wheel', 'valkey_command', 'postgres_command', 'make_cluster', 'forget_ended_pid', 'is_whole',
-           'kafka_jars', 'download', 'kafka_command', 'ensure', 'start', 'log_end', 'up', 'start_all', 'addresses_of',
-           'down', 'send', 'wait_for_end']
+           'kafka_jars', 'download', 'kafka_command', 'ensure', 'start', 'log_size', 'log_since', 'up', 'start_all',
+           'addresses_of', 'down', 'send', 'wait_for_end']
 
 # %% ../../nbs/46_servers.ipynb #c6a49f96
 import base64
@@ -662,14 +662,15 @@ def ensure(
     """Reuse the running server, or start it; return when it answers."""
     begin = time.monotonic()
     pid = find(server)
-    started = pid is None
+    started, said = pid is None, log_size(server)
     if pid is None:
         pid = start(server, ports, command, account)
     while not answers():
         if not alive(pid):
-            if CHILDREN_REMAIN not in log_end(server) or time.monotonic() - begin > START_SECONDS:
+            if CHILDREN_REMAIN not in log_since(server, said) or time.monotonic() - begin > START_SECONDS:
                 raise ServerError(server.name, f"it ended at once: {last_line(server)}", f"see {server.log}")
             time.sleep(0.2)
+            said = log_size(server)
             pid = start(server, ports, command, account)
         if time.monotonic() - begin > START_SECONDS:
             raise ServerError(server.name, "no answer within a minute", f"run `fraud down`, then see {server.log}")
@@ -699,10 +700,15 @@ def start(
     return launch(server, command(), account)
 
 
-def log_end(server: Server) -> str:
-    """The last kilobyte of a server's log."""
+def log_size(server: Server) -> int:
+    """How long a server's log is, in bytes."""
+    return server.log.stat().st_size if server.log.exists() else 0
+
+
+def log_since(server: Server, size: int) -> str:
+    """What the log says since it was so long; the children of a killed server write there, too, and may talk much."""
     with server.log.open("rb") as log:
-        log.seek(max(0, log.seek(0, os.SEEK_END) - 1024))
+        log.seek(size)
         return log.read().decode(errors="replace")
 
 # %% ../../nbs/46_servers.ipynb #be6341d3

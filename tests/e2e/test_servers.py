@@ -137,11 +137,14 @@ def test_kill_nine_then_up_recovers_with_the_data(home: Home, victims: tuple[str
     query(home.addresses, "create table if not exists kept (mark text primary key)")
     query(home.addresses, f"insert into kept values ('{mark}')")
     before = home.pids()
+    orphans = [psycopg2.connect(home.addresses.postgres) for _ in range(30)]  # each says on the log that it must end
     for victim in victims:
         pid = before[victim]
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
     assert up(home.path, home.lines.append) == home.addresses
+    for orphan in orphans:
+        orphan.close()
     after = home.pids()
     assert None not in after.values()
     assert {name for name in after if after[name] != before[name]} == set(victims)

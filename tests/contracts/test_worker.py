@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 import pytest
+from msgspec.structs import replace
 
+from fraud_nb.adapters.kafka_bus import murmur2_partitions
 from fraud_nb.adapters.ports import BusUnavailable, Fenced, StoreUnavailable
 from fraud_nb.adapters.postgres import HistoryLoader, Logged
 from fraud_nb.decision.judge import Model
-from fraud_nb.domain.schema import payload_hash
+from fraud_nb.domain.schema import encode, payload_hash
 from tests.contracts.worker_kit import (
     ADA,
     HOME,
@@ -67,21 +69,25 @@ def test_what_is_committed_is_told_once_and_never_decided_again(
 
 
 def test_a_worker_without_room_decides_the_same(worker: Rehearsal) -> None:
-    """Everybody is forgotten before every batch, and whoever buys is loaded again."""
-    worker.room, worker.batch_size = 0, 2
-    buy(worker, 0, 3)
-    work(worker)
-    loaded, load = list[int](), worker.store.load
+    """Everybody is forgotten before every batch, and whoever buys is loaded again; two customers of two partitions."""
+    worker.room, worker.batch_size = 0, 4
+    loaded, load = list[str](), worker.store.load
 
     def count_loads(partition: int, owners: Sequence[str]) -> tuple[int | None, list[bytes | None]]:
-        loaded.extend([partition] * len(owners))
+        loaded.extend(owners)
         return load(partition, owners)
 
     worker.store.load = count_loads  # type: ignore[method-assign]
-    buy(worker, 3, 9)
-    work(worker)
-    assert loaded.count(HOME) == 3, "ada is loaded once for each batch of two"
-    assert len(worker.profiles.rows("ada")) == 9 and differences(worker) == []
+    (elsewhere,) = murmur2_partitions([b"eve"], PARTITIONS).tolist()
+    assert elsewhere != HOME
+    for first in range(0, 8, 2):
+        for number in (first, first + 1):
+            send(worker, purchase(number))
+            other = replace(purchase(number), transaction_id=f"e{number}", customer_id="eve")
+            worker.source.append(encode(other), b"eve", elsewhere, timestamp_ms=other.event_time)
+        work(worker)
+    assert loaded.count("ada") == loaded.count("eve") == 4, "once for each batch"
+    assert len(worker.profiles.rows("ada")) == len(worker.profiles.rows("eve")) == 8 and differences(worker) == []
 
 
 def test_who_was_overtaken_changes_nothing(worker: Rehearsal, postgres: str, model: Model) -> None:

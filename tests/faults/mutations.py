@@ -273,6 +273,15 @@ THE_STORE = (
         f"{STORES}::test_an_emptied_store_is_not_a_store_of_strangers[memory]",
     ),
     mutant(
+        "everybody is forgotten in the middle of a batch",
+        "the customers of the partition before are strangers",
+        "pipeline/stream.py",
+        "        recall(worker.store, worker.profiles, partition, worker.claims[partition].next_offset, mine)\n",
+        "        make_room(worker.profiles, worker.room)\n"
+        "        recall(worker.store, worker.profiles, partition, worker.claims[partition].next_offset, mine)\n",
+        f"{WORKER}::test_a_worker_without_room_decides_the_same",
+    ),
+    mutant(
         "profiles that cannot be read are left where they are",
         "the worker begins again and again",
         "pipeline/stream.py",
@@ -858,6 +867,14 @@ MODELS = (
         "        except (BundleError, InvalidPolicy, NoSuchModel) as error:\n",
         "        except NoSuchModel as error:\n",
         f"{ADMISSION}::test_the_last_good_model_stays",
+    ),
+    mutant(
+        "who starts under a broken promotion has no model",
+        "a restart in the night stops all decisions, although a good model is there",
+        "pipeline/champion.py",
+        "            if newest is None and working is None:\n",
+        "            if newest is None and working is not None:\n",
+        f"{LEDGER}::test_who_starts_under_a_broken_promotion_takes_the_last_good_one",
     ),
     mutant(
         "a job is started beside itself",

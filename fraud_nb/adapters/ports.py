@@ -123,7 +123,7 @@ class StateStore(Protocol):
         """Everything in one step; raises Fenced, having changed nothing, if a watermark is not the expected one."""
 
     def wipe(self, partition: int) -> None:
-        """Forget a partition, its watermark first, so that half a wipe is never believed."""
+        """Forget a partition, its watermark first: half a wipe is never believed. Raises Fenced: filled meanwhile."""
 
     def close(self) -> None:
         """Let go of the connection."""

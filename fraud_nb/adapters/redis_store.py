@@ -15,6 +15,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from .ports import Fenced, StoreUnavailable, check_vouched
+from ..domain.failpoint import failpoint
 
 # %% ../../nbs/42_redis_store.ipynb #d5ac1b1f
 def offset_key(partition: int) -> str:
@@ -126,11 +127,26 @@ class RedisStateStore(_RedisReader):
                 raise Fenced(f"the watermark of partition {partition} is not the expected one")
 
     def wipe(self, partition: int) -> None:
-        """Forget a partition, its watermark first."""
+        """Forget a partition, its watermark first; raises Fenced when somebody fills it meanwhile."""
         with _unavailable():
             self._redis.delete(offset_key(partition))
             cursor = -1
             while cursor != 0:
+                failpoint("wiping")
                 cursor, keys = self._redis.scan(max(cursor, 0), profile_key(partition, "*"), SCAN_BATCH)
                 if keys:
-                    self._redis.unlink(*keys)
+                    self._delete_unvouched(partition, keys)
+
+    def _delete_unvouched(self, partition: int, keys: Sequence[bytes]) -> None:
+        """Delete profiles as long as no watermark vouches for them; raises Fenced."""
+        nothing = {partition: (None, 0)}
+        with self._redis.pipeline(transaction=True) as pipe:
+            try:
+                pipe.watch(offset_key(partition))
+                self._check(nothing, [pipe.get(offset_key(partition))])
+                pipe.multi()
+                pipe.unlink(*keys)
+                pipe.execute()
+            except redis.WatchError:  # also what the client makes of a lost connection
+                self._check(nothing, [self._redis.get(offset_key(partition))])
+                raise

@@ -522,7 +522,8 @@ def take_over(worker: Worker) -> None:
         if 0 in worker.claims:
             close_version(worker.sharing, worker.claims[0].epoch)
         else:
-            forget_lost(worker.sharing)
+            with worker.sharing.lock:
+                forget_lost(worker.sharing)
     worker.generation = generation
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import redis
 
+from fraud_nb.adapters import redis_store
 from fraud_nb.adapters.memory import MemoryStateStore
 from fraud_nb.adapters.ports import SHARED, Fenced, StateStore, StoreUnavailable
 from fraud_nb.adapters.redis_store import EvictingStore, RedisStateStore
@@ -148,6 +149,40 @@ def test_half_a_wipe_is_never_believed(servers: Any, monkeypatch: pytest.MonkeyP
     with pytest.raises(StoreUnavailable):
         store.wipe(0)
     assert store.watermark(0) is None
+
+
+def test_who_slept_in_the_middle_of_a_wipe_does_not_go_on(servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A successor has wiped, too, and built everything anew meanwhile, under the same keys."""
+    redis.Redis.from_url(servers.redis).flushdb()
+    sleeper, successor = RedisStateStore(servers.redis), RedisStateStore(servers.redis)
+    sleeper.save({0: (None, 3)}, {(0, "ada"): b"profile"})
+
+    def others_meanwhile(name: str) -> None:
+        monkeypatch.undo()
+        successor.wipe(0)
+        successor.save({0: (None, 7)}, {(0, "ada"): b"built anew"})
+
+    monkeypatch.setattr(redis_store, "failpoint", others_meanwhile)
+    with pytest.raises(Fenced):
+        sleeper.wipe(0)
+    assert successor.load(0, ["ada"]) == (7, [b"built anew"])
+
+
+def test_between_look_and_deletion_nobody_may_fill_a_partition(servers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    redis.Redis.from_url(servers.redis).flushdb()
+    sleeper, successor = RedisStateStore(servers.redis), RedisStateStore(servers.redis)
+    sleeper.save({0: (None, 3)}, {(0, "ada"): b"profile"})
+    multi = redis.client.Pipeline.multi
+
+    def successor_first(pipe: Any) -> None:
+        monkeypatch.undo()
+        successor.save({0: (None, 7)}, {(0, "ada"): b"built anew"})
+        multi(pipe)
+
+    monkeypatch.setattr(redis.client.Pipeline, "multi", successor_first)
+    with pytest.raises(Fenced):
+        sleeper.wipe(0)
+    assert successor.load(0, ["ada"]) == (7, [b"built anew"])
 
 
 def test_evicting_server_is_refused(servers: Any) -> None:

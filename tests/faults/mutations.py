@@ -20,9 +20,10 @@ BUNDLE, FOLD, TILES = (
 WIPE = """\
             cursor = -1
             while cursor != 0:
+                failpoint("wiping")
                 cursor, keys = self._redis.scan(max(cursor, 0), profile_key(partition, "*"), SCAN_BATCH)
                 if keys:
-                    self._redis.unlink(*keys)
+                    self._delete_unvouched(partition, keys)
 """
 
 
@@ -245,6 +246,14 @@ THE_STORE = (
         "            self._redis.delete(offset_key(partition))\n" + WIPE,
         WIPE + "            self._redis.delete(offset_key(partition))\n",
         f"{STORES}::test_half_a_wipe_is_never_believed",
+    ),
+    mutant(
+        "who slept in the middle of a wipe goes on",
+        "profiles that a successor has built are gone, and its watermark vouches for them",
+        "adapters/redis_store.py",
+        "                    self._delete_unvouched(partition, keys)\n",
+        "                    self._redis.unlink(*keys)\n",
+        f"{STORES}::test_who_slept_in_the_middle_of_a_wipe_does_not_go_on",
     ),
     mutant(
         "a server that may evict profiles will do",

@@ -142,9 +142,9 @@ def recovery_killed(stage: Stage) -> None:
 
 @fault(3, "zombie: asleep for longer than its session lasts, then awake", thorough=True)
 def zombie(stage: Stage) -> None:
-    step = stage.rng.choice(("decided", "committing", "committed", "saved", "publishing"))
-    with stage.flow():
-        asleep = stage.start(f"{step}:{stage.rng.randint(1, 4)}:stop")
+    step = stage.rng.choice(("decided", "committing", "committed", "wiping", "saved", "publishing"))
+    with stage.flow():  # there are five wipes: of four partitions, and of what they share
+        asleep = stage.start(f"{step}:{stage.rng.randint(1, 5 if step == 'wiping' else 4)}:stop")
         until(lambda: is_asleep(asleep.process.pid), "the worker is asleep")
         other = stage.ready()
     until(stage.is_settled, "the other one took over")

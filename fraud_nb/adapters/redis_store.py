@@ -6,8 +6,9 @@
 __all__ = ['TIMEOUT_S', 'SCAN_BATCH', 'offset_key', 'profile_key', 'EvictingStore', 'check_eviction', 'RedisStateStore']
 
 # %% ../../nbs/42_redis_store.ipynb #fe713e18
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import redis
@@ -94,6 +95,10 @@ class _RedisReader:
         self._redis.close()
 
 # %% ../../nbs/42_redis_store.ipynb #d8b1b979
+def _unlink(keys: Sequence[bytes], pipe: Any) -> None:
+    pipe.unlink(*keys)
+
+
 class RedisStateStore(_RedisReader):
     """Profiles and watermarks on a Redis or Valkey server; raises StoreUnavailable when it does not answer."""
 
@@ -106,24 +111,35 @@ class RedisStateStore(_RedisReader):
         check_vouched(watermarks, profiles)
         if not watermarks:
             return
-        keys = [offset_key(partition) for partition in watermarks]
         changes: dict[str, bytes | int] = {profile_key(*owner): profile for owner, profile in profiles.items()}
         changes.update({offset_key(partition): new for partition, (_, new) in watermarks.items()})
-        with _unavailable(), self._redis.pipeline(transaction=True) as pipe:
+        with _unavailable():
+            self._change(
+                {partition: old for partition, (old, _) in watermarks.items()}, lambda pipe: pipe.mset(changes)
+            )
+
+    def _change(
+        self,
+        expected: Mapping[int, int | None],  # partition: watermark
+        change: Callable[[Any], object],  # given a pipeline in MULTI
+    ) -> None:
+        """Change something in one step, as long as the watermarks are these; raises Fenced."""
+        keys = [offset_key(partition) for partition in expected]
+        with self._redis.pipeline(transaction=True) as pipe:
             try:
                 pipe.watch(*keys)
-                self._check(watermarks, pipe.mget(keys))
+                self._check(expected, pipe.mget(keys))
                 pipe.multi()
-                pipe.mset(changes)
+                change(pipe)
                 pipe.execute()
             except redis.WatchError:  # also what the client makes of a lost connection
-                self._check(watermarks, self._redis.mget(keys))
+                self._check(expected, self._redis.mget(keys))
                 raise
 
     @staticmethod
-    def _check(watermarks: Mapping[int, tuple[int | None, int]], stored: Sequence[bytes | None]) -> None:
-        for (partition, (expected, _)), found in zip(watermarks.items(), stored, strict=True):
-            if (None if found is None else int(found)) != expected:
+    def _check(expected: Mapping[int, int | None], stored: Sequence[bytes | None]) -> None:
+        for (partition, watermark), found in zip(expected.items(), stored, strict=True):
+            if (None if found is None else int(found)) != watermark:
                 raise Fenced(f"the watermark of partition {partition} is not the expected one")
 
     def wipe(self, partition: int) -> None:
@@ -134,19 +150,5 @@ class RedisStateStore(_RedisReader):
             while cursor != 0:
                 failpoint("wiping")
                 cursor, keys = self._redis.scan(max(cursor, 0), profile_key(partition, "*"), SCAN_BATCH)
-                if keys:
-                    self._delete_unvouched(partition, keys)
-
-    def _delete_unvouched(self, partition: int, keys: Sequence[bytes]) -> None:
-        """Delete profiles as long as no watermark vouches for them; raises Fenced."""
-        nothing = {partition: (None, 0)}
-        with self._redis.pipeline(transaction=True) as pipe:
-            try:
-                pipe.watch(offset_key(partition))
-                self._check(nothing, [pipe.get(offset_key(partition))])
-                pipe.multi()
-                pipe.unlink(*keys)
-                pipe.execute()
-            except redis.WatchError:  # also what the client makes of a lost connection
-                self._check(nothing, [self._redis.get(offset_key(partition))])
-                raise
+                if keys:  # as long as no watermark vouches for them
+                    self._change({partition: None}, partial(_unlink, keys))

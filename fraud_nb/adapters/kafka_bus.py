@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TRANSACTIONS', 'LABELS', 'PREDICTIONS', 'DEAD_LETTERS', 'DEADLINE_S', 'LARGEST_RECORD', 'Answer', 'PRUNING_DAYS',
            'FOR_EVER', 'Partitions', 'SESSION_MS', 'LONGER_SESSION_MS', 'LONG_OPEN_MS', 'STALL_S', 'LARGEST_BATCH',
-           'Isolation', 'OPEN_S', 'WrongPartitionCount', 'patiently', 'check_partitions', 'topic_settings',
-           'create_topics', 'topic_id', 'murmur2_partitions', 'crc32_partitions', 'record_of', 'Standing',
-           'member_settings', 'end_long_open', 'KafkaSource', 'RecordTooLarge', 'within_deadline', 'batches_of',
-           'hand_over', 'KafkaSink', 'TopicEnds', 'topic_ends', 'read_topic', 'read_partition', 'committed_offsets',
-           'await_settled']
+           'Isolation', 'OPEN_S', 'WrongPartitionCount', 'patiently', 'administrator', 'check_partitions',
+           'topic_settings', 'create_topics', 'topic_id', 'murmur2_partitions', 'crc32_partitions', 'record_of',
+           'Standing', 'member_settings', 'end_long_open', 'KafkaSource', 'RecordTooLarge', 'within_deadline',
+           'batches_of', 'hand_over', 'KafkaSink', 'TopicEnds', 'topic_ends', 'read_topic', 'read_partition',
+           'committed_offsets', 'await_settled']
 
 # %% ../../nbs/44_kafka_bus.ipynb #0bfd57aa
 import threading
@@ -74,6 +74,20 @@ def patiently(
                 raise
             time.sleep(0.1)
 
+
+@contextmanager
+def administrator(
+    servers: Sequence[str],  # host:port of each
+    deadline_s: float,  # of each question
+) -> Iterator[Any]:
+    """A client that may ask about, and change, what is not a record."""
+    limit_ms = int(deadline_s * 1e3)
+    admin = KafkaAdminClient(bootstrap_servers=servers, request_timeout_ms=limit_ms, bootstrap_timeout_ms=limit_ms)
+    try:
+        yield admin
+    finally:
+        admin.close()
+
 # %% ../../nbs/44_kafka_bus.ipynb #ef75d13d
 def check_partitions(
     found: Mapping[str, int],  # topic: partitions it has
@@ -124,15 +138,8 @@ def create_topics(
         topic: {"num_partitions": count, "replication_factor": replication, "configs": topic_settings(topic, keep_days)}
         for topic, count in counts.items()
     }
-    limit_ms = int(deadline_s * 1e3)
-    with _unavailable("create topics"):
-        admin = KafkaAdminClient(
-            bootstrap_servers=bootstrap.split(","), request_timeout_ms=limit_ms, bootstrap_timeout_ms=limit_ms
-        )
-        try:
-            found = patiently(partial(_created, admin, wanted, limit_ms), deadline_s)
-        finally:
-            admin.close()
+    with _unavailable("create topics"), administrator(bootstrap.split(","), deadline_s) as admin:
+        found = patiently(partial(_created, admin, wanted, int(deadline_s * 1e3)), deadline_s)
     check_partitions(found, counts)
 
 # %% ../../nbs/44_kafka_bus.ipynb #33b2612a
@@ -142,15 +149,8 @@ def topic_id(
     deadline_s: float = DEADLINE_S,
 ) -> str:
     """Which of all topics that ever had this name it is; raises BusUnavailable."""
-    limit_ms = int(deadline_s * 1e3)
-    with _unavailable("describe topic"):
-        admin = KafkaAdminClient(
-            bootstrap_servers=bootstrap.split(","), request_timeout_ms=limit_ms, bootstrap_timeout_ms=limit_ms
-        )
-        try:
-            (found,) = patiently(lambda: admin.describe_topics([topic]), deadline_s)
-        finally:
-            admin.close()
+    with _unavailable("describe topic"), administrator(bootstrap.split(","), deadline_s) as admin:
+        (found,) = patiently(lambda: admin.describe_topics([topic]), deadline_s)
     return str(found["topic_id"])
 
 # %% ../../nbs/44_kafka_bus.ipynb #f953f911
@@ -393,14 +393,11 @@ def end_long_open(
     group: str,  # whose producers' transactions are ended
 ) -> None:
     """Abort transactions that take too long; brokers from before 3.8 cannot be asked, and let their time pass."""
-    limit_ms = int(DEADLINE_S * 1e3)
-    admin = KafkaAdminClient(bootstrap_servers=servers, request_timeout_ms=limit_ms, bootstrap_timeout_ms=limit_ms)
     try:
-        listed = admin.list_transactions(state_filters=["Ongoing"], duration_filter_ms=LONG_OPEN_MS)
+        with administrator(servers, DEADLINE_S) as admin:
+            listed = admin.list_transactions(state_filters=["Ongoing"], duration_filter_ms=LONG_OPEN_MS)
     except kafka_errors.IncompatibleBrokerVersion:
         return
-    finally:
-        admin.close()
     for each in chain.from_iterable(listed.values()):
         if each.transactional_id.startswith(f"{group}:"):
             successor = _Producer(servers, each.transactional_id, DEADLINE_S)

@@ -421,6 +421,7 @@ _ACCEPTED = (
     '"offset", amount_base, transaction_id, customer_id, event_time, amount_minor, currency, merchant_id, device_id, '
     "ip, category, channel, latitude_e6, longitude_e6"
 )
+_VERSION = "version, progress, label_seq, clock"
 _ADVANCE = """
     UPDATE progress SET next_offset = %s WHERE partition = %s AND epoch = %s AND next_offset = %s
 """
@@ -433,6 +434,12 @@ def _accepted(row: tuple[Any, ...]) -> Accepted:
     """A row of _ACCEPTED."""
     offset, amount_base, *transaction = row
     return Accepted(offset, Transaction(*transaction), amount_base)
+
+
+def _version(row: tuple[Any, ...]) -> SharedVersion:
+    """A row of _VERSION."""
+    number, progress, label_seq, clock = row
+    return SharedVersion(number, tuple(progress), label_seq, clock)
 
 
 def _logged(row: tuple[Any, ...]) -> Logged:
@@ -645,11 +652,10 @@ class LogReach(LogRows):
 
     def floor(self) -> SharedVersion:
         """The oldest version there is: below it the log was pruned. Where it never was, one that nothing is below."""
-        versions = "SELECT version, progress, label_seq, clock FROM shared_versions ORDER BY version LIMIT 1"
         with self._transaction() as cursor:
-            cursor.execute(versions)
+            cursor.execute(f"SELECT {_VERSION} FROM shared_versions ORDER BY version LIMIT 1")  # noqa: S608 (ours)
             if (row := cursor.fetchone()) is not None and row[0] > 1:
-                return SharedVersion(row[0], tuple(row[1]), *row[2:])
+                return _version(row)
         return nothing_yet(len(self.progress()))
 
 # %% ../../nbs/43_postgres.ipynb #5d1e0009
@@ -704,8 +710,8 @@ class LogReader(LogReach):
     def shared_versions(self) -> list[SharedVersion]:
         """Every shared version, in order."""
         with self._transaction(READING_S) as cursor:
-            cursor.execute("SELECT version, progress, label_seq, clock FROM shared_versions ORDER BY version")
-            return [SharedVersion(version, tuple(ends), *rest) for version, ends, *rest in cursor.fetchall()]
+            cursor.execute(f"SELECT {_VERSION} FROM shared_versions ORDER BY version")  # noqa: S608 (ours)
+            return [_version(row) for row in cursor.fetchall()]
 
 # %% ../../nbs/43_postgres.ipynb #29be33ac
 class LogOverview(LogReader):
@@ -1092,17 +1098,15 @@ class VersionReader(Session):
         with self._transaction(patience_s) as cursor:
             cursor.execute(query, values)
             row = cursor.fetchone()
-            return None if row is None else SharedVersion(row[0], tuple(row[1]), *row[2:])
+            return None if row is None else _version(row)
 
     def newest(self) -> SharedVersion | None:
         """The last version closed."""
-        columns = "version, progress, label_seq, clock"
-        return self._one(f"SELECT {columns} FROM shared_versions ORDER BY version DESC LIMIT 1", {})  # noqa: S608 (ours)
+        return self._one(f"SELECT {_VERSION} FROM shared_versions ORDER BY version DESC LIMIT 1", {})  # noqa: S608 (ours)
 
     def at(self, version: int) -> SharedVersion | None:
         """The version with this number."""
-        columns = "version, progress, label_seq, clock"
-        return self._one(f"SELECT {columns} FROM shared_versions WHERE version = %(n)s", {"n": version})  # noqa: S608
+        return self._one(f"SELECT {_VERSION} FROM shared_versions WHERE version = %(n)s", {"n": version})  # noqa: S608
 
     def rows_between(
         self,
@@ -1300,12 +1304,12 @@ class LogPruner(LogOwner):
         """The floor when everything goes that was there before a moment; where that is nothing, today's."""
         with self._transaction(READING_S) as cursor:
             cursor.execute(
-                "SELECT version, progress, label_seq, clock FROM shared_versions "
+                f"SELECT {_VERSION} FROM shared_versions "  # noqa: S608 (ours)
                 "WHERE version > 1 AND closed_at < %s ORDER BY version DESC LIMIT 1",
                 (moment,),
             )
             row = cursor.fetchone()
-        return self.floor() if row is None else SharedVersion(row[0], tuple(row[1]), *row[2:])
+        return self.floor() if row is None else _version(row)
 
     def look_below(self, floor: SharedVersion, horizon_ms: int) -> None:
         """Note what of every customer, shop and device may be forgotten; before `forgotten` and `prune`."""
